@@ -1,0 +1,113 @@
+/* AdamW, squared norm and moving average over flat buffers. */
+#include <math.h>
+
+#include "cpu.h"
+
+/* As in random.c: no contraction, so that a training run does not depend on the instruction set here; no math-errno, so that sqrtf vectorises. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off", "no-math-errno")
+#else
+#pragma STDC FP_CONTRACT OFF
+#endif
+
+enum { OPTIMIZER_CHUNK = 32768, OPTIMIZER_LANES = 16 };
+
+static int64_t optimizer_chunks(int64_t n) { return (n + OPTIMIZER_CHUNK - 1) / OPTIMIZER_CHUNK; }
+static int64_t optimizer_end(int64_t start, int64_t n) { return start + OPTIMIZER_CHUNK < n ? start + OPTIMIZER_CHUNK : n; }
+
+typedef struct optimizer_adamw_job {
+    float *p, *m, *v;
+    const float *g;
+    int64_t n;
+    float beta1, rest1, beta2, rest2, eps, keep, step_size, root_correction, grad_scale;
+} optimizer_adamw_job;
+
+static void optimizer_adamw_task(void *argument, int64_t i) {
+    const optimizer_adamw_job job = *(const optimizer_adamw_job *)argument; /* a copy: the stores below cannot alias it */
+    int64_t start = i * OPTIMIZER_CHUNK, count = optimizer_end(start, job.n) - start;
+    float *restrict p = job.p + start, *restrict m = job.m + start, *restrict v = job.v + start;
+    const float *restrict g = job.g + start;
+    for (int64_t j = 0; j < count; j++) {
+        float d = g[j] * job.grad_scale;
+        m[j] = job.beta1 * m[j] + job.rest1 * d;
+        v[j] = job.beta2 * v[j] + job.rest2 * (d * d);
+        p[j] = job.keep * p[j] - job.step_size * (m[j] / (sqrtf(v[j]) * job.root_correction + job.eps));
+    }
+}
+
+ladd_status LADD_CPU(adamw)(LADD_CTX, float *p, float *m, float *v, const float *g, int64_t n, float lr, float beta1, float beta2, float eps,
+                            float weight_decay, int64_t step, float grad_scale) {
+    (void)ctx;
+    if (step < 1) return ladd_fail(LADD_ERR_VALUE, "adamw: a step of at least 1 expected, got %lld", (long long)step);
+    if (!(beta1 >= 0.0f && beta1 < 1.0f && beta2 >= 0.0f && beta2 < 1.0f))
+        return ladd_fail(LADD_ERR_VALUE, "adamw: betas in [0, 1) expected, got %g and %g", (double)beta1, (double)beta2);
+    if (!(eps > 0.0f)) return ladd_fail(LADD_ERR_VALUE, "adamw: a positive eps expected, got %g", (double)eps);
+    if (!isfinite(lr) || !isfinite(weight_decay) || !isfinite(grad_scale))
+        return ladd_fail(LADD_ERR_VALUE, "adamw: finite lr, weight_decay and grad_scale expected, got %g, %g and %g", (double)lr, (double)weight_decay,
+                         (double)grad_scale);
+    /* m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps), its constants folded in double */
+    double correction1 = 1.0 - pow(beta1, (double)step), correction2 = 1.0 - pow(beta2, (double)step);
+    optimizer_adamw_job job = {p, m, v, g, n, beta1, (float)(1.0 - (double)beta1), beta2, (float)(1.0 - (double)beta2), eps,
+                               (float)(1.0 - (double)lr * (double)weight_decay), (float)((double)lr / correction1),
+                               (float)(1.0 / sqrt(correction2)), grad_scale};
+    ladd_parallel(optimizer_chunks(n), optimizer_adamw_task, &job);
+    return LADD_OK;
+}
+
+typedef struct optimizer_sum_job {
+    double *partial; /* [chunks] */
+    const float *x;
+    int64_t n;
+} optimizer_sum_job;
+
+static void optimizer_sum_task(void *argument, int64_t i) {
+    const optimizer_sum_job *job = argument;
+    int64_t j = i * OPTIMIZER_CHUNK, end = optimizer_end(j, job->n);
+    const float *x = job->x;
+    double lane[OPTIMIZER_LANES] = {0}, sum = 0.0; /* a fixed number of lanes, whatever the vector width */
+    for (; j + OPTIMIZER_LANES <= end; j += OPTIMIZER_LANES)
+        for (int l = 0; l < OPTIMIZER_LANES; l++) lane[l] += (double)x[j + l] * (double)x[j + l];
+    for (int l = 0; j < end; j++, l++) lane[l] += (double)x[j] * (double)x[j];
+    for (int l = 0; l < OPTIMIZER_LANES; l++) sum += lane[l];
+    job->partial[i] = sum;
+}
+
+ladd_status LADD_CPU(sum_squares)(LADD_CTX, double *sum, const float *x, int64_t n) {
+    (void)ctx;
+    int64_t chunks = optimizer_chunks(n);
+    *sum = 0.0;
+    if (n <= 0) return LADD_OK;
+    optimizer_sum_job job = {ladd_scratch(0, (size_t)chunks * sizeof(double)), x, n};
+    if (!job.partial) return ladd_fail(LADD_ERR_MEMORY, "out of memory for %lld partial sums", (long long)chunks);
+    ladd_parallel(chunks, optimizer_sum_task, &job);
+    for (int64_t i = 0; i < chunks; i++) *sum += job.partial[i];
+    return LADD_OK;
+}
+
+typedef struct optimizer_ema_job {
+    float *e;
+    const float *p;
+    int64_t n;
+    float decay, rest;
+} optimizer_ema_job;
+
+static void optimizer_ema_task(void *argument, int64_t i) {
+    const optimizer_ema_job job = *(const optimizer_ema_job *)argument;
+    int64_t start = i * OPTIMIZER_CHUNK, count = optimizer_end(start, job.n) - start;
+    float *restrict e = job.e + start;
+    const float *restrict p = job.p + start;
+    for (int64_t j = 0; j < count; j++) e[j] = job.decay * e[j] + job.rest * p[j];
+}
+
+ladd_status LADD_CPU(ema)(LADD_CTX, float *e, const float *p, float decay, int64_t n) {
+    (void)ctx;
+    if (!(decay >= 0.0f && decay <= 1.0f)) return ladd_fail(LADD_ERR_VALUE, "ema: a decay in [0, 1] expected, got %g", (double)decay);
+    optimizer_ema_job job = {e, p, n, decay, (float)(1.0 - (double)decay)};
+    ladd_parallel(optimizer_chunks(n), optimizer_ema_task, &job);
+    return LADD_OK;
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,34 @@
+/* Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), and how a ladd_rng_key becomes its key.
+ *
+ * Word j of block i of sample s is a pure function of (seed, purpose, step, s, i, j): no state, so numbers depend neither on threads nor on how a
+ * batch is split, and any device computes the same ones. Seed, step, sample and block are 64 bits each, more than the 192 bits that key and counter
+ * hold; so (purpose, step) go through one Philox of their own under the seed, and its first two words are the key of the numbers:
+ *     key = Philox(counter = {purpose, step low, step high, 0}, key = seed)[0..1],  numbers = Philox(counter = {i low, i high, s low, s high}, key) */
+#ifndef LADD_PHILOX_H
+#define LADD_PHILOX_H
+#include "ladd.h"
+
+typedef struct ladd_philox_words { uint32_t x[4]; } ladd_philox_words;
+
+static inline ladd_philox_words ladd_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)p1;
+        c3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return (ladd_philox_words){{c0, c1, c2, c3}};
+}
+
+/* The key of all numbers for this seed, purpose and step: two words. */
+static inline void ladd_philox_key(uint32_t key[2], ladd_rng_key rng) {
+    ladd_philox_words w =
+        ladd_philox(rng.purpose, (uint32_t)rng.step, (uint32_t)(rng.step >> 32), 0, (uint32_t)rng.seed, (uint32_t)(rng.seed >> 32));
+    key[0] = w.x[0];
+    key[1] = w.x[1];
+}
+
+#endif

@@ -1,0 +1,143 @@
+/* What the files of the binding share. This folder is the only place that includes Python.h.
+ *
+ * The order of every entry point: check all arguments, allocate the results, core_begin (lock the object, release the GIL), compute, core_end (take the
+ * GIL back, unlock, turn the status into an exception). So bad input is refused before anything changed.
+ */
+#ifndef LADD_BINDING_H
+#define LADD_BINDING_H
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define PY_ARRAY_UNIQUE_SYMBOL ladd_core_array_api
+#ifndef LADD_IMPORTS_NUMPY
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+#include <time.h>
+
+#include "../backend.h"
+
+/* ---- module ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct core_state {
+    PyTypeObject *model_type, *mmdit_type, *mmdit_saved_type, *vae_type, *vae_saved_type, *disc_type, *disc_saved_type;
+} core_state;
+
+/* One function a family of kernels: adds its PyMethodDef table to the module. */
+int core_add_dense(PyObject *module);
+int core_add_norm(PyObject *module);
+int core_add_image(PyObject *module);
+int core_add_diffusion(PyObject *module);
+int core_add_flat(PyObject *module);
+/* One function a model: makes its types and adds them. */
+int core_add_model(PyObject *module, core_state *state);
+int core_add_mmdit(PyObject *module, core_state *state);
+int core_add_vae(PyObject *module, core_state *state);
+int core_add_disc(PyObject *module, core_state *state);
+
+/* The state of the module that `type` (or a base of it) belongs to. */
+core_state *core_state_of(PyTypeObject *type);
+
+/* ---- calls into the core --------------------------------------------------------------------------------------------- */
+
+typedef struct core_call {
+    ladd_context ctx;
+    PyThread_type_lock lock; /* of the object, NULL for plain kernels */
+    PyThreadState *thread;
+    struct timespec checked; /* when Ctrl-C was last looked for */
+} core_call;
+
+int core_begin(core_call *call, PyThread_type_lock lock); /* 0, or -1 with an exception when no backend serves this processor */
+int core_end(core_call *call, ladd_status status);        /* 0, or -1 with the exception that the status stands for */
+int core_raise(ladd_status status);                       /* sets that exception (GIL held); always -1 */
+
+/* CORE_RUN(expression with `ctx`): a kernel without an object. Evaluates to 0 or -1. */
+#define CORE_KERNEL(result, name, ...)                                                               \
+    do {                                                                                             \
+        core_call call_;                                                                             \
+        result = core_begin(&call_, NULL);                                                           \
+        if (result == 0) result = core_end(&call_, call_.ctx.backend->name(&call_.ctx, __VA_ARGS__)); \
+    } while (0)
+
+/* ---- arguments: convert.c -------------------------------------------------------------------------------------------- */
+
+/* Sizes by letter. A letter that is 0 is not known yet: the first array that carries it sets it, the others must agree. */
+typedef struct core_dims {
+    int64_t of[128];
+} core_dims;
+#define DIM(dims, letter) ((dims)->of[(unsigned char)(letter)])
+#define IDIM(dims, letter) ((int)DIM(dims, letter))
+
+/* Checks that `object` is a float32, aligned, C-contiguous ndarray with one axis for each letter of `shape`, every size from 1 to INT_MAX. '*' stands for
+ * any further axes (at least none), whose product becomes the size of '*'. NULL and an exception, or the array borrowed. */
+PyArrayObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims);
+/* The same for an array that will be written: it must be writeable. */
+PyArrayObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims);
+/* None gives NULL with *ok = 1. */
+PyArrayObject *core_optional(PyObject *object, const char *name, const char *shape, core_dims *dims, int *ok);
+/* A new float32 array of these sizes (all letters known); new reference. zeroed: filled with 0. */
+PyObject *core_new(const char *shape, const core_dims *dims, int zeroed);
+PyObject *core_new_like(PyArrayObject *array, int zeroed);
+/* The result: a new array like core_new when `out` is None or NULL, else `out` checked and with a new reference. */
+PyObject *core_output(PyObject *out, const char *shape, core_dims *dims);
+PyObject *core_output_like(PyObject *out, PyArrayObject *array);
+/* ValueError if `out` shares memory with `input`, except exactly the same memory when in_place. 0 or -1. */
+int core_no_overlap(PyObject *out, PyArrayObject *input, const char *name, int in_place);
+/* `object` must be an array of the shape of `like`. */
+PyArrayObject *core_same_shape(PyObject *object, const char *name, PyArrayObject *like, const char *like_name);
+/* A sequence (list or tuple) of exactly `n` items; NULL and an exception, or a PySequence_Fast (new reference). */
+PyObject *core_sequence(PyObject *object, const char *name, Py_ssize_t n, const char *meaning);
+/* Integers of a sequence into out[room], each in [low, high]; returns their number or -1. */
+Py_ssize_t core_int_list(PyObject *object, const char *name, int *out, Py_ssize_t room, long low, long high);
+int core_int(PyObject *object, const char *name, long low, long high, int *out); /* no bool, no float */
+int core_bool(PyObject *object, const char *name, int *out);                     /* True or False only */
+int core_uint64(PyObject *object, const char *name, uint64_t *out);
+int core_finite(double value, const char *name);
+int core_in_range(double value, const char *name, double low, double high);
+
+static inline float *core_data(void *array) { return array ? (float *)PyArray_DATA((PyArrayObject *)array) : NULL; }
+
+/* Keys of a configuration mapping: every key is taken once, and core_config_done says which one nobody took. */
+typedef struct core_config {
+    PyObject *dict; /* a copy; keys are removed as they are read */
+    const char *model;
+} core_config;
+int core_config_begin(core_config *config, const char *model, PyObject *mapping);
+/* Each: absent key = *out keeps its default unless required. 0 or -1. core_config_take gives a new reference, or NULL with *ok. */
+PyObject *core_config_take(core_config *config, const char *key, int required, int *ok);
+int core_config_int(core_config *config, const char *key, int required, long low, long high, int *out);
+int core_config_bool(core_config *config, const char *key, int required, int *out);
+Py_ssize_t core_config_ints(core_config *config, const char *key, int required, int *out, Py_ssize_t room, long low, long high); /* -2: absent */
+int core_config_done(core_config *config); /* ValueError for keys that are left */
+void core_config_end(core_config *config);
+
+/* ---- models: model.c ------------------------------------------------------------------------------------------------- */
+
+/* The head of the three model objects. They hold no Python reference: config is made from the core's own struct. */
+typedef struct core_model {
+    PyObject_HEAD
+    PyThread_type_lock lock;
+    void *model; /* ladd_mmdit, ladd_vae or ladd_disc */
+    ladd_params *params;
+    ladd_status (*init)(void *model, uint64_t seed);
+    PyObject *(*config)(const void *model);
+} core_model;
+
+core_model *core_model_new(PyTypeObject *type); /* with a lock */
+void core_model_dealloc(core_model *self, void (*model_free)(void *));
+
+/* What a forward kept. One struct and one dealloc for the three models. */
+typedef struct core_saved {
+    PyObject_HEAD
+    core_model *owner;
+    void *saved; /* NULL: used up */
+    void (*saved_free)(const ladd_context *ctx, void *saved);
+    core_dims dims; /* of the forward, to check cotangents */
+    int n_outputs;  /* 0: one array, else a list of as many */
+} core_saved;
+
+core_saved *core_saved_new(PyTypeObject *type, core_model *owner, void (*saved_free)(const ladd_context *, void *));
+void core_saved_release(core_saved *self); /* gives the memory back now */
+void core_saved_dealloc(PyObject *self);
+
+#endif

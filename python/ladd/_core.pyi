@@ -1,0 +1,272 @@
+"""The C core as Python sees it. Strict on purpose: arrays are float32, C-contiguous and of exactly the shape that is written here, or the call
+raises TypeError (wrong kind or dtype) or ValueError (wrong shape, layout or number) and has changed nothing. `ladd.kernels` and `ladd.models` are the
+friendly layers above it: they convert, check meanings and document.
+
+Letters: B batch, C channels, H W size, N image tokens, T text tokens, S tokens, D width, J context width, P pooled width, G groups. Sizes must be at
+least 1. `out=None` allocates the result; a given `out` is written and returned. It may be the very memory of an input of the same shape where
+"in place" is said; any other overlap is an error. Names of gradients start with d. Gradients are returned in fresh arrays unless said otherwise.
+
+Every function and method releases the GIL while it computes. Methods of one model (and of what its forwards saved) exclude each other, so one model
+may be used from several threads; arrays that a caller shares between threads, tensors() views among them, are the caller's to guard. Ctrl-C is
+noticed between the layers of a model: the objects stay usable, but an interrupted backward has added a part of the parameter gradients.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+Samples: TypeAlias = NDArray[np.int64]
+Stream: TypeAlias = tuple[Array, Array, Array]
+
+# ---- settings --------------------------------------------------------------------------------------------------------------------------------
+
+def set_num_threads(n: int, /) -> None: ...
+def get_num_threads() -> int: ...
+def backend_name() -> str:
+    """The instruction set that serves this process: "avx512", "avx2" or "plain" (the environment variable LADD_CPU chooses)."""
+
+def empty_cache() -> None:
+    """Gives memory that is kept for the next forward back to the system."""
+
+def memory_in_use() -> int:
+    """Bytes of activations that are alive now: running forwards and what was saved for a backward."""
+
+def openblas_config() -> str: ...
+
+# ---- models ----------------------------------------------------------------------------------------------------------------------------------
+
+class Model:
+    """What all models share. Not to be made directly."""
+    def init(self, seed: int) -> None:
+        """The standard initialisation; the same seed gives the same weights everywhere."""
+    def tensors(self) -> dict[str, Array]:
+        """Every parameter and buffer by its diffusers name: writable views, which keep the model alive."""
+    def gradients(self) -> dict[str, Array]:
+        """The gradient of every trainable parameter: writable views. Zero on first use; backward adds to them."""
+    def trainable_names(self) -> list[str]: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def flat(self) -> Array:
+        """All elements of all tensors, 1-D, trainable ones first: a view."""
+    @property
+    def flat_trainable(self) -> Array:
+        """The trainable elements, 1-D: a view."""
+    @property
+    def flat_grad(self) -> Array:
+        """Their gradients in the same order, 1-D: a view."""
+
+class MMDiT(Model):
+    """config: sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads, attention_head_dim, joint_attention_dim,
+    caption_projection_dim, pooled_projection_dim, pos_embed_max_size (int), qk_norm (None | "rms_norm"), dual_attention_layers (sequence of int).
+    Keys may be missing (diffusers' defaults; out_channels None = in_channels); unknown keys are a ValueError. Weights are zero until init() or until
+    they are written; the position table is computed."""
+    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    def plan(
+        self, batch: int, height: int, width: int, text_tokens: int, skip_layers: Sequence[int] = (), taps: Sequence[int] | None = None, keep: bool = False
+    ) -> int:
+        """Bytes of activations that forward with these arguments takes."""
+    @overload
+    def forward(
+        self, latents: Array, sigma: Array, context: Array, pooled: Array, skip_layers: Sequence[int] = (), taps: None = None, keep: bool = False
+    ) -> tuple[Array, MMDiTSaved | None]:
+        """latents[B,C,H,W], sigma[B], context[B,T,J], pooled[B,P] -> velocity[B,C_out,h*p,w*p]; with taps a list of features[B,N,D], one a tap,
+        ascending, and nothing deeper than the last tap is computed. keep: also return what backward needs."""
+    @overload
+    def forward(
+        self, latents: Array, sigma: Array, context: Array, pooled: Array, skip_layers: Sequence[int] = (), *, taps: Sequence[int], keep: bool = False
+    ) -> tuple[list[Array], MMDiTSaved | None]: ...
+
+class MMDiTSaved:
+    def backward(
+        self, cotangent: Array | Sequence[Array], params: bool = True, latents: bool = True, context: bool = True, pooled: bool = True
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """cotangent: shaped as forward's result. -> dlatents, dcontext, dpooled (None where not asked for); with params the parameter gradients are
+        added to model.gradients(). Once: it reuses the saved memory, and a second call is a RuntimeError."""
+
+class AutoencoderKL(Model):
+    """config: in_channels, out_channels, latent_channels, block_out_channels (sequence of int), layers_per_block, norm_num_groups, use_quant_conv,
+    use_post_quant_conv, mid_block_add_attention. Also accepted and checked, as only one value is built: act_fn ("silu"), down_block_types (all
+    "DownEncoderBlock2D"), up_block_types (all "UpDecoderBlock2D"). Keys may be missing (diffusers' defaults); unknown keys are a ValueError."""
+    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    def encode(self, images: Array, keep: bool = False) -> tuple[Array, AutoencoderKLSaved | None]:
+        """images[B,Cin,H,W] -> moments[B,2C,H/f,W/f] = mean and log variance (not clamped)."""
+    def decode(self, z: Array, keep: bool = False) -> tuple[Array, AutoencoderKLSaved | None]:
+        """z[B,C,H,W] (unscaled) -> images[B,Cout,H*f,W*f]."""
+
+class AutoencoderKLSaved:
+    def backward(self, dout: Array, params: bool = True, input: bool = True) -> Array | None:
+        """-> dinput. Once, as for MMDiTSaved."""
+
+class Discriminator(Model):
+    """config: feature_dim, taps (sequence of int), pooled_dim, width, kernel_size, norm ("group" | "none"), num_groups, spectral_norm (bool),
+    condition_sigma (bool), condition_pooled (bool), condition_dim. All are required."""
+    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    def forward(
+        self, features: Sequence[Array], sigma: Array, pooled: Array | None, grid: tuple[int, int], update_u: bool = False, keep: bool = False
+    ) -> tuple[list[Array], DiscriminatorSaved | None]:
+        """features: one [B,h*w,D] a tap; sigma[B]; pooled[B,P], None only if the heads do not use it -> logits, one [B,h,w] a tap.
+        update_u: one power iteration on each spectral norm first."""
+
+class DiscriminatorSaved:
+    def backward(self, dlogits: Sequence[Array], params: bool = True, features: bool = True) -> list[Array] | None:
+        """-> dfeatures. May be called more than once."""
+
+# ---- kernels: random numbers and diffusion -------------------------------------------------------------------------------------------------------
+
+def normal(shape: Sequence[int], seed: int, purpose: int, step: int = 0, samples: Samples | None = None, *, out: Array | None = None) -> Array:
+    """Standard normal numbers of Philox keyed by (seed, purpose, step); row b is drawn for sample samples[b] (default 0, 1, ...)."""
+
+@overload
+def renoise(
+    x0: Array, t: Array, seed: int, purpose: int, step: int = 0, samples: Samples | None = None, return_noise: Literal[False] = False, *, out: Array | None = None
+) -> Array:
+    """x0[B,...], t[B] -> (1 - t) x0 + t e, e as normal() draws it. In place allowed."""
+
+@overload
+def renoise(
+    x0: Array, t: Array, seed: int, purpose: int, step: int = 0, samples: Samples | None = None, *, return_noise: Literal[True], out: Array | None = None
+) -> tuple[Array, Array]: ...
+def interpolate(x0: Array, noise: Array, t: Array, *, out: Array | None = None) -> Array:
+    """(1 - t) x0 + t noise for t[B]. In place allowed."""
+
+def predict_x0(x: Array, v: Array, t: Array, *, out: Array | None = None) -> Array:
+    """x - t v for t[B]. In place allowed."""
+
+def row_scale(x: Array, factor: Array, *, out: Array | None = None) -> Array:
+    """factor x for factor[B]. In place allowed."""
+
+def euler_step(x: Array, v: Array, sigma: float, sigma_next: float, *, out: Array | None = None) -> Array:
+    """x + (sigma_next - sigma) v. In place allowed."""
+
+def adversarial_loss(
+    logits: Array, loss: Literal["hinge", "logistic", "lsgan", "bce"], role: Literal["real", "fake", "generator"], weight: float = 1.0
+) -> tuple[float, Array]:
+    """-> mean loss over all logits, dlogits = the gradient of that mean times weight."""
+
+# ---- kernels: flat buffers -----------------------------------------------------------------------------------------------------------------------
+
+def adamw(
+    p: Array, m: Array, v: Array, g: Array, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float = 1.0
+) -> None:
+    """One step on p, m, v in place, 1-D; g is multiplied by grad_scale first; step counts from 1."""
+
+def sum_squares(x: Array) -> float: ...
+def ema(e: Array, p: Array, decay: float) -> None:
+    """e = decay e + (1 - decay) p, in place."""
+
+def zero(y: Array) -> None: ...
+def copy(x: Array, *, out: Array | None = None) -> Array: ...
+def add(a: Array, b: Array, *, out: Array | None = None) -> Array:
+    """In place allowed."""
+
+def axpy(y: Array, x: Array, alpha: float) -> None:
+    """y += alpha x, in place."""
+
+def scale(x: Array, alpha: float, *, out: Array | None = None) -> Array:
+    """In place allowed."""
+
+# ---- kernels: layers -----------------------------------------------------------------------------------------------------------------------------
+
+def attention_forward(streams: Sequence[Stream], scale: float | None = None) -> tuple[list[Array], Array]:
+    """Joint attention over one or two streams of (q, k, v), each [B,n,heads,dh]; tokens attend over all streams. scale: default 1/sqrt(dh).
+    -> one o[B,n,heads,dh] a stream, lse[B,heads,S]. q, k, v may be slices of one packed array: of a stream they share strides, and the last two axes
+    are contiguous."""
+
+def attention_backward(
+    douts: Sequence[Array], streams: Sequence[Stream], outs: Sequence[Array], lse: Array, scale: float | None = None
+) -> list[Stream]:
+    """-> (dq, dk, dv), each [B,n,heads,dh], one triple a stream."""
+
+def layer_norm_modulate_forward(
+    x: Array, shift: Array | None, scale: Array | None, eps: float = 1e-6, *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """x[B,N,D], shift[B,D], scale[B,D] (both or neither) -> y = norm(x) (1 + scale) + shift, mean[B,N], rstd[B,N]."""
+
+def layer_norm_modulate_backward(dy: Array, x: Array, mean: Array, rstd: Array, scale: Array | None) -> tuple[Array, Array | None, Array | None]:
+    """-> dx, dshift, dscale."""
+
+def gate_residual_forward(x: Array, y: Array, gate: Array, *, out: Array | None = None) -> Array:
+    """x[B,N,D] + gate[B,D] y[B,N,D]. In place on x allowed."""
+
+def gate_residual_backward(dout: Array, y: Array, gate: Array) -> tuple[Array, Array]:
+    """-> dy, dgate (dx is dout)."""
+
+def rms_norm_heads_forward(x: Array, w: Array, eps: float = 1e-6, *, out: Array | None = None) -> tuple[Array, Array]:
+    """x[R,heads,dh], w[dh] -> y, rstd[R,heads]."""
+
+def rms_norm_heads_backward(dy: Array, x: Array, rstd: Array, w: Array) -> tuple[Array, Array]:
+    """-> dx, dw."""
+
+def linear_forward(x: Array, w: Array, bias: Array | None = None, *, out: Array | None = None) -> Array:
+    """x[M,K] w[N,K]^T + bias[N]."""
+
+def linear_backward(
+    dy: Array, x: Array, w: Array, *, input: bool = True, weight: bool = True, bias: bool = True
+) -> tuple[Array | None, Array | None, Array | None]:
+    """-> dx, dw, dbias (None where not asked for)."""
+
+def linear_gelu_forward(x: Array, w: Array, bias: Array | None = None, *, out: Array | None = None) -> tuple[Array, Array]:
+    """-> y = gelu(h), h = x w^T + bias. Backward: gelu_backward(dy, h), then linear_backward."""
+
+def gelu_forward(x: Array, *, out: Array | None = None) -> Array: ...
+def gelu_backward(dy: Array, x: Array, *, out: Array | None = None) -> Array:
+    """In place on dy allowed; so in the other activations."""
+
+def silu_forward(x: Array, *, out: Array | None = None) -> Array: ...
+def silu_backward(dy: Array, x: Array, *, out: Array | None = None) -> Array: ...
+def leaky_relu_forward(x: Array, slope: float = 0.2, *, out: Array | None = None) -> Array: ...
+def leaky_relu_backward(dy: Array, x: Array, slope: float = 0.2, *, out: Array | None = None) -> Array: ...
+def conv2d_forward(
+    x: Array, w: Array, bias: Array | None = None, stride: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0), *, out: Array | None = None
+) -> Array:
+    """x[B,Cin,H,W], w[Cout,Cin,kh,kw], bias[Cout], padding (top, left, bottom, right) -> y[B,Cout,Ho,Wo]."""
+
+def conv2d_backward(
+    dy: Array,
+    x: Array,
+    w: Array,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    input: bool = True,
+    weight: bool = True,
+    bias: bool = True,
+) -> tuple[Array | None, Array | None, Array | None]:
+    """-> dx, dw, dbias (None where not asked for)."""
+
+def group_norm_forward(
+    x: Array, gamma: Array, beta: Array, groups: int, eps: float = 1e-6, silu: bool = False, *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """x[B,C,L], gamma[C], beta[C] -> y, mean[B,G], rstd[B,G]; silu: followed by SiLU."""
+
+def group_norm_backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array, beta: Array, silu: bool = False
+) -> tuple[Array, Array, Array]:
+    """-> dx, dgamma, dbeta."""
+
+def upsample2x_forward(x: Array, *, out: Array | None = None) -> Array:
+    """x[B,C,H,W] -> y[B,C,2H,2W], nearest."""
+
+def upsample2x_backward(dy: Array, *, out: Array | None = None) -> Array: ...
+def spectral_norm_forward(w: Array, u: Array, iterations: int = 1) -> tuple[Array, Array, float]:
+    """w[R,K], u[R] (updated in place by the power iterations) -> w / sigma, v[K], sigma."""
+
+def spectral_norm_backward(dw_hat: Array, w_hat: Array, u: Array, v: Array, sigma: float) -> Array: ...
+def transpose(x: Array, *, out: Array | None = None) -> Array:
+    """x[B,R,Q] -> [B,Q,R]."""
+
+def patch_gather(image: Array, patch_size: int, channel_last: bool = False) -> Array:
+    """image[B,C,H,W] -> tokens[B,h*w,C*p*p]; a token's numbers are in the order (channel, dy, dx), or (dy, dx, channel) with channel_last."""
+
+def patch_scatter(tokens: Array, channels: int, height: int, width: int, patch_size: int, channel_last: bool = False) -> Array:
+    """tokens[B,h*w,C*p*p] -> image[B,C,H,W]; zeros where no patch covers it."""
+
+def add_position(x: Array, table: Array, grid: tuple[int, int]) -> None:
+    """x[B,h*w,D] += the centre h by w of table[max,max,D], in place."""
+
+def timestep_features(sigma: Array, dim: int) -> Array:
+    """sigma[B] -> [B,dim], the sinusoidal features of 1000 sigma."""
