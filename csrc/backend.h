@@ -102,6 +102,9 @@ typedef enum { LADD_ROLE_REAL = 0, LADD_ROLE_FAKE, LADD_ROLE_GENERATOR } ladd_ro
   K(spectral_norm_forward, (LADD_CTX, ladd_act *w_hat, float *u, float *v, float *sigma, const float *w, int R, int K_, int iterations)) \
   /* dw[R,K] += (dw_hat - (sum dw_hat w_hat) u v^T) / sigma */ \
   K(spectral_norm_backward, (LADD_CTX, float *dw, const float *dw_hat, const ladd_act *w_hat, const float *u, const float *v, const float *sigma, int R, int K_)) \
+  /* y[B,L] = sum over c of e[B,C] x[B,C,L], plus bias[1]; backward: dx and de are written, dbias[1] += (each NULL: skip) */ \
+  K(channel_dot_forward, (LADD_CTX, ladd_act *y, const ladd_act *x, const ladd_act *e, const ladd_act *bias, int B, int C, int L)) \
+  K(channel_dot_backward, (LADD_CTX, ladd_act *dx, ladd_act *de, float *dbias, const ladd_act *dy, const ladd_act *x, const ladd_act *e, int B, int C, int L)) \
   /* value[1] (host) = mean loss of logits[n]; dlogits[n] = gradient of that mean times `weight` (NULL: skip) */ \
   K(adversarial_loss, (LADD_CTX, double *value, ladd_act *dlogits, const ladd_act *logits, ladd_loss loss, ladd_role role, float weight, int64_t n)) \
   \

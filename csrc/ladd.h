@@ -186,7 +186,7 @@ typedef enum { LADD_HEAD_NORM_NONE = 0, LADD_HEAD_NORM_GROUP = 1 } ladd_head_nor
 typedef struct ladd_disc_config {
     int feature_dim, n_taps, taps[LADD_MAX_LAYERS], pooled_dim; /* D; block indices; P (0: no pooled condition) */
     int width, kernel_size, norm, num_groups;  /* width of the head after the 1x1 projection; odd kernel of the residual block */
-    int spectral_norm;                         /* 1: every weight matrix divided by its largest singular value */
+    int spectral_norm;                         /* 1: every weight that features pass is divided by its largest singular value */
     int condition_sigma, condition_pooled;     /* projection discriminator on embed(t_hat) and pooled text */
     int condition_dim;                         /* width of the projection space */
 } ladd_disc_config;

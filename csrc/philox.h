@@ -3,12 +3,15 @@
  * Word j of block i of sample s is a pure function of (seed, purpose, step, s, i, j): no state, so numbers depend neither on threads nor on how a
  * batch is split, and any device computes the same ones. Seed, step, sample and block are 64 bits each, more than the 192 bits that key and counter
  * hold; so (purpose, step) go through one Philox of their own under the seed, and its first two words are the key of the numbers:
- *     key = Philox(counter = {purpose, step low, step high, 0}, key = seed)[0..1],  numbers = Philox(counter = {i low, i high, s low, s high}, key) */
+ *     key = Philox(counter = {purpose, step low, step high, 0}, key = seed)[0..1],  numbers = Philox(counter = {i low, i high, s low, s high}, key)
+ */
 #ifndef LADD_PHILOX_H
 #define LADD_PHILOX_H
 #include "ladd.h"
 
-typedef struct ladd_philox_words { uint32_t x[4]; } ladd_philox_words;
+typedef struct ladd_philox_words {
+    uint32_t x[4];
+} ladd_philox_words;
 
 static inline ladd_philox_words ladd_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; round++) {
@@ -25,8 +28,7 @@ static inline ladd_philox_words ladd_philox(uint32_t c0, uint32_t c1, uint32_t c
 
 /* The key of all numbers for this seed, purpose and step: two words. */
 static inline void ladd_philox_key(uint32_t key[2], ladd_rng_key rng) {
-    ladd_philox_words w =
-        ladd_philox(rng.purpose, (uint32_t)rng.step, (uint32_t)(rng.step >> 32), 0, (uint32_t)rng.seed, (uint32_t)(rng.seed >> 32));
+    ladd_philox_words w = ladd_philox(rng.purpose, (uint32_t)rng.step, (uint32_t)(rng.step >> 32), 0, (uint32_t)rng.seed, (uint32_t)(rng.seed >> 32));
     key[0] = w.x[0];
     key[1] = w.x[1];
 }

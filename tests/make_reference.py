@@ -1,6 +1,7 @@
 """Writes tests/data/*.npz: what the installed diffusers and PyTorch compute, in float64, for the cases of support.py.
 
-Weights and inputs come from seeds, so only results are stored: outputs, gradients of the inputs, and a fingerprint of the gradient of each parameter.
+Weights and inputs come from seeds, so only results are stored: outputs, gradients of the inputs, and a fingerprint of the
+gradient of each parameter.
 Run with `python tests/make_reference.py`; it needs torch and diffusers, the tests that read the files do not.
 """
 
@@ -107,7 +108,11 @@ def run_schedule() -> dict[str, Any]:
 def flatten(result: dict[str, Any]) -> dict[str, np.ndarray]:
     """Parameters' fingerprints as one array, in the order of their sorted names."""
     prints = support.fingerprint(result.pop("parameters"))
-    return {**result, "parameter_names": np.array(sorted(prints)), "parameter_prints": np.stack([prints[n] for n in sorted(prints)])}
+    return {
+        **result,
+        "parameter_names": np.array(sorted(prints)),
+        "parameter_prints": np.stack([prints[n] for n in sorted(prints)]),
+    }
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def error(value: Any, reference: Any) -> float:
 
 
 def assert_close(value: Any, reference: Any, tolerance: float, what: str = "value", floor: float = 0.0) -> None:
-    """floor: the least size of the yardstick, for values that are sums of cancelling terms (a bias in front of a norm, a key's bias)."""
+    """floor: the least size of the yardstick, for sums of cancelling terms (a bias in front of a norm, a key's bias)."""
     reference = np.asarray(reference, dtype=np.float64)
     yardstick = max(np.abs(reference).max(initial=0.0), floor, 1e-30)
     worst = error(value, reference) * max(np.abs(reference).max(initial=0.0), 1e-30) / yardstick
@@ -40,7 +40,7 @@ def normal(seed: int, *shape: int) -> Array:
 
 
 def seeded_weights(shapes: Mapping[str, Iterable[int]], seed: int) -> dict[str, Array]:
-    """Float32 weights that depend on (seed, name order, shape) only: matrices of unit gain, norm weights near one, small biases."""
+    """Float32 weights that depend on seed, names and shapes only: matrices of unit gain, norm weights near one, small biases."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name in sorted(shapes):
@@ -70,10 +70,20 @@ def leaves(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
 
 def mmdit_config(**changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_attention_heads": 2,
-        "attention_head_dim": 8, "joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10,
-        "pos_embed_max_size": 12, "qk_norm": None, "dual_attention_layers": (),
-    }  # fmt: skip
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 10,
+        "pos_embed_max_size": 12,
+        "qk_norm": None,
+        "dual_attention_layers": (),
+    }
     config.update(changes)
     config["caption_projection_dim"] = config["num_attention_heads"] * config["attention_head_dim"]
     return config
@@ -82,15 +92,29 @@ def mmdit_config(**changes: Any) -> dict[str, Any]:
 # name -> (config, height, width, text tokens, batch, skipped layers)
 MMDIT_CASES: dict[str, tuple[dict[str, Any], int, int, int, int, tuple[int, ...]]] = {
     "sd3": (mmdit_config(), 6, 10, 5, 2, ()),
-    "sd35_medium": (mmdit_config(qk_norm="rms_norm", dual_attention_layers=(0, 1), num_layers=3, in_channels=16, out_channels=16), 7, 9, 3, 1, ()),
+    "sd35_medium": (
+        mmdit_config(qk_norm="rms_norm", dual_attention_layers=(0, 1), num_layers=3, in_channels=16, out_channels=16),
+        7,
+        9,
+        3,
+        1,
+        (),
+    ),
     "sd35_large": (mmdit_config(qk_norm="rms_norm", in_channels=8, out_channels=8, num_attention_heads=3), 8, 4, 4, 2, ()),
     "inpainting": (mmdit_config(qk_norm="rms_norm", in_channels=33, out_channels=16), 6, 6, 7, 1, ()),
     "patch_1": (mmdit_config(patch_size=1, sample_size=8, in_channels=8, out_channels=8, num_layers=3), 5, 7, 4, 2, ()),
     "skip_first": (mmdit_config(num_layers=3), 6, 8, 5, 1, (0,)),
     "skip_last": (mmdit_config(num_layers=3, qk_norm="rms_norm", dual_attention_layers=(1,)), 6, 8, 5, 1, (2,)),
-    "head_dim_64": (mmdit_config(attention_head_dim=64, num_attention_heads=2, in_channels=32, out_channels=32, qk_norm="rms_norm"), 10, 6, 9, 1, ()),
+    "head_dim_64": (
+        mmdit_config(attention_head_dim=64, num_attention_heads=2, in_channels=32, out_channels=32, qk_norm="rms_norm"),
+        10,
+        6,
+        9,
+        1,
+        (),
+    ),
     "one_token": (mmdit_config(num_layers=1), 2, 3, 1, 1, ()),
-}  # fmt: skip
+}
 
 
 def mmdit_inputs(name: str) -> dict[str, Array]:
@@ -108,9 +132,16 @@ def mmdit_inputs(name: str) -> dict[str, Array]:
 
 def vae_config(**changes: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
-        "use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": True,
-    }  # fmt: skip
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+    }
     config.update(changes)
     return config
 
@@ -119,11 +150,21 @@ def vae_config(**changes: Any) -> dict[str, Any]:
 VAE_CASES: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "two_levels": (vae_config(), 12, 16, 2),
     "quant_convs": (
-        vae_config(block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=2, use_quant_conv=True, use_post_quant_conv=True), 8, 20, 1,
+        vae_config(
+            block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=2, use_quant_conv=True, use_post_quant_conv=True
+        ),
+        8,
+        20,
+        1,
     ),
-    "no_attention": (vae_config(mid_block_add_attention=False, latent_channels=3, block_out_channels=(4, 12), norm_num_groups=1), 6, 10, 1),
+    "no_attention": (
+        vae_config(mid_block_add_attention=False, latent_channels=3, block_out_channels=(4, 12), norm_num_groups=1),
+        6,
+        10,
+        1,
+    ),
     "one_level": (vae_config(block_out_channels=(8,), norm_num_groups=8, latent_channels=16), 5, 3, 1),
-}  # fmt: skip
+}
 
 
 def vae_inputs(name: str) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""The float64 oracles against what diffusers itself computed in float64 (stored in tests/data), so that the other tests may trust them."""
+"""The float64 oracles against what diffusers computed in float64 (stored in tests/data): the other tests trust the oracles."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ void ladd_cpu_release(void *block);
 void ladd_parallel(int64_t n, void (*task)(void *argument, int64_t i), void *argument);
 
 /* Scratch of the calling thread, at least `bytes`, 64-byte aligned, kept until the thread ends and overwritten by the next call in the same
- * thread with the same slot (0..3). NULL when out of memory. Usable inside tasks. */
+ * thread with the same slot (0..3). NULL when out of memory. Usable inside tasks; but the caller of ladd_parallel runs tasks too, so what it took
+ * for all tasks must lie in another slot than what tasks take. Slots 0..2 are for tasks, 3 for what the caller shares with its tasks. */
 void *ladd_scratch(int slot, size_t bytes);
 
 /* C[M,N] = alpha op(A) op(B) + beta C on the calling thread (OpenBLAS). ta/tb: 1 = transposed. Leading dimensions in elements, row-major. */
@@ -36,15 +37,89 @@ void ladd_sgemm(int ta, int tb, int M, int N, int K, float alpha, const float *A
 void ladd_sgemm_parallel(int ta, int tb, int M, int N, int K, float alpha, const float *A, ptrdiff_t lda, const float *B, ptrdiff_t ldb, float beta,
                          float *C, ptrdiff_t ldc);
 
-/* exp for vector loops: within 2 ulp of expf on [-87, 88], clamped outside; plain arithmetic, so that it vectorises. */
+/* How a product C[M,N] is cut into tiles of tm x tn, by shape only: for kernels that finish a tile (bias, activation) while it is in cache. */
+typedef struct ladd_cut {
+    int tm, tn, n_m, n_n; /* tile sizes; number of tiles down and across */
+} ladd_cut;
+ladd_cut ladd_gemm_cut(int M, int N, int K);
+
+/* Tile i of a cut: its first row and column and its size. */
+static inline void ladd_cut_tile(const ladd_cut *cut, int64_t i, int M, int N, int *m0, int *n0, int *m, int *n) {
+    *m0 = (int)(i / cut->n_n) * cut->tm;
+    *n0 = (int)(i % cut->n_n) * cut->tn;
+    *m = M - *m0 < cut->tm ? M - *m0 : cut->tm;
+    *n = N - *n0 < cut->tn ? N - *n0 : cut->tn;
+}
+
+/* What OpenBLAS says of itself: version, core type. */
+const char *ladd_openblas_config(void);
+
+/* ladd_parallel where the work (elements read and written) pays for waking the pool, else the same tasks on this thread. */
+static inline void ladd_parallel_work(int64_t n, int64_t work, void (*task)(void *argument, int64_t i), void *argument) {
+    if (work >= 32768)
+        ladd_parallel(n, task, argument);
+    else
+        for (int64_t i = 0; i < n; i++) task(argument, i);
+}
+
+/* exp for vector loops: within 2 ulp of expf on [-87, 88], clamped outside, NaN stays NaN; plain arithmetic, so that it vectorises. */
 static inline float ladd_expf(float x) {
-    union { float f; int32_t i; } s;
+    union { float f; uint32_t u; } t, s;
     x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* round to nearest */
+    t.f = x * 1.44269504f + 12582912.0f; /* rounds to the nearest integer, which then stands in the low bits */
+    float n = t.f - 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666672f + r * (0.0416664146f + r * (0.00833337f + r * 0.00138965f)))));
-    s.i = ((int32_t)n + 127) << 23;
+    s.u = (t.u + 127u) << 23; /* 2^n */
     return p * s.f;
+}
+
+/* ---- sums in a fixed order ------------------------------------------------------------------------------------------- */
+
+/* Sixteen lanes, whatever the registers' width: sums come out the same on one thread and many, and vectorise without reordering flags. */
+typedef float ladd_v16 __attribute__((vector_size(64), aligned(4), may_alias));
+#define LADD_V16(pointer) (*(const ladd_v16 *)(pointer))
+
+static inline float ladd_fold16(const ladd_v16 *v) {
+    float a[16];
+    for (int i = 0; i < 16; i++) a[i] = (*v)[i];
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    return a[0];
+}
+
+static inline float ladd_sum(const float *x, int64_t n) {
+    ladd_v16 a = {0}, b = {0};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        a += LADD_V16(x + i);
+        b += LADD_V16(x + i + 16);
+    }
+    if (i + 16 <= n) {
+        a += LADD_V16(x + i);
+        i += 16;
+    }
+    a += b;
+    float sum = ladd_fold16(&a);
+    for (; i < n; i++) sum += x[i];
+    return sum;
+}
+
+static inline float ladd_dot(const float *x, const float *y, int64_t n) {
+    ladd_v16 a = {0}, b = {0};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        a += LADD_V16(x + i) * LADD_V16(y + i);
+        b += LADD_V16(x + i + 16) * LADD_V16(y + i + 16);
+    }
+    if (i + 16 <= n) {
+        a += LADD_V16(x + i) * LADD_V16(y + i);
+        i += 16;
+    }
+    a += b;
+    float sum = ladd_fold16(&a);
+    for (; i < n; i++) sum += x[i] * y[i];
+    return sum;
 }
 
 #endif

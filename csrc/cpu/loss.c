@@ -59,14 +59,14 @@ static void loss_task(void *argument, int64_t i) {
     job->partial[i] = sum;
 }
 
-ladd_status LADD_CPU(adversarial_loss)(LADD_CTX, double *value, ladd_act *dlogits, const ladd_act *logits, ladd_loss loss, ladd_role role, float weight,
-                                       int64_t n) {
+ladd_status LADD_CPU(adversarial_loss)(LADD_CTX, double *value, ladd_act *dlogits, const ladd_act *logits, ladd_loss loss, ladd_role role,
+                                       float weight, int64_t n) {
     (void)ctx;
     if (n < 1) return ladd_fail(LADD_ERR_VALUE, "adversarial_loss: at least 1 logit expected, got %lld", (long long)n);
     if ((int)loss < LADD_LOSS_HINGE || (int)loss > LADD_LOSS_BCE || (int)role < LADD_ROLE_REAL || (int)role > LADD_ROLE_GENERATOR)
         return ladd_fail(LADD_ERR_VALUE, "adversarial_loss: loss 0..3 and role 0..2 expected, got %d and %d", (int)loss, (int)role);
     int64_t chunks = (n + LOSS_CHUNK - 1) / LOSS_CHUNK;
-    loss_job job = {ladd_scratch(0, (size_t)chunks * sizeof(double)), dlogits, logits, n, (double)weight / (double)n, loss, role};
+    loss_job job = {ladd_scratch(3, (size_t)chunks * sizeof(double)), dlogits, logits, n, (double)weight / (double)n, loss, role};
     if (!job.partial) return ladd_fail(LADD_ERR_MEMORY, "out of memory for %lld partial sums", (long long)chunks);
     ladd_parallel(chunks, loss_task, &job);
     double sum = 0.0;

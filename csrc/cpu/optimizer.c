@@ -3,10 +3,10 @@
 
 #include "cpu.h"
 
-/* As in random.c: no contraction, so that a training run does not depend on the instruction set here; no math-errno, so that sqrtf vectorises. */
+/* As in random.c: no contraction, so that a training run does not depend on the instruction set here. */
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
-#pragma GCC optimize("fp-contract=off", "no-math-errno")
+#pragma GCC optimize("fp-contract=off")
 #else
 #pragma STDC FP_CONTRACT OFF
 #endif
@@ -44,13 +44,24 @@ ladd_status LADD_CPU(adamw)(LADD_CTX, float *p, float *m, float *v, const float 
         return ladd_fail(LADD_ERR_VALUE, "adamw: betas in [0, 1) expected, got %g and %g", (double)beta1, (double)beta2);
     if (!(eps > 0.0f)) return ladd_fail(LADD_ERR_VALUE, "adamw: a positive eps expected, got %g", (double)eps);
     if (!isfinite(lr) || !isfinite(weight_decay) || !isfinite(grad_scale))
-        return ladd_fail(LADD_ERR_VALUE, "adamw: finite lr, weight_decay and grad_scale expected, got %g, %g and %g", (double)lr, (double)weight_decay,
-                         (double)grad_scale);
+        return ladd_fail(LADD_ERR_VALUE, "adamw: finite lr, weight_decay and grad_scale expected, got %g, %g and %g", (double)lr,
+                         (double)weight_decay, (double)grad_scale);
     /* m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps), its constants folded in double */
     double correction1 = 1.0 - pow(beta1, (double)step), correction2 = 1.0 - pow(beta2, (double)step);
-    optimizer_adamw_job job = {p, m, v, g, n, beta1, (float)(1.0 - (double)beta1), beta2, (float)(1.0 - (double)beta2), eps,
-                               (float)(1.0 - (double)lr * (double)weight_decay), (float)((double)lr / correction1),
-                               (float)(1.0 / sqrt(correction2)), grad_scale};
+    optimizer_adamw_job job = {p,
+                               m,
+                               v,
+                               g,
+                               n,
+                               beta1,
+                               (float)(1.0 - (double)beta1),
+                               beta2,
+                               (float)(1.0 - (double)beta2),
+                               eps,
+                               (float)(1.0 - (double)lr * (double)weight_decay),
+                               (float)((double)lr / correction1),
+                               (float)(1.0 / sqrt(correction2)),
+                               grad_scale};
     ladd_parallel(optimizer_chunks(n), optimizer_adamw_task, &job);
     return LADD_OK;
 }
@@ -78,7 +89,7 @@ ladd_status LADD_CPU(sum_squares)(LADD_CTX, double *sum, const float *x, int64_t
     int64_t chunks = optimizer_chunks(n);
     *sum = 0.0;
     if (n <= 0) return LADD_OK;
-    optimizer_sum_job job = {ladd_scratch(0, (size_t)chunks * sizeof(double)), x, n};
+    optimizer_sum_job job = {ladd_scratch(3, (size_t)chunks * sizeof(double)), x, n};
     if (!job.partial) return ladd_fail(LADD_ERR_MEMORY, "out of memory for %lld partial sums", (long long)chunks);
     ladd_parallel(chunks, optimizer_sum_task, &job);
     for (int64_t i = 0; i < chunks; i++) *sum += job.partial[i];

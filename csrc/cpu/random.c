@@ -6,27 +6,34 @@
 #include "cpu.h"
 
 /* Contracting a*b + c to one rounding would make the numbers depend on the instruction set; without it all three builds give the same bits (division
- * and square root are correctly rounded everywhere). math-errno would keep sqrtf from vectorising. */
+ * and square root are correctly rounded everywhere). */
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
-#pragma GCC optimize("fp-contract=off", "no-math-errno")
+#pragma GCC optimize("fp-contract=off")
 #else
 #pragma STDC FP_CONTRACT OFF
 #endif
 
 enum {
-    RANDOM_LANES = 64,     /* Philox blocks computed side by side */
-    RANDOM_CHUNK = 16384,  /* elements of a sample in one task, a multiple of 4*RANDOM_LANES */
+    RANDOM_LANES = 64,    /* Philox blocks computed side by side */
+    RANDOM_CHUNK = 16384, /* elements of a sample in one task, a multiple of 4*RANDOM_LANES */
 };
 
-/* sqrt(-2 ln u), u = (x + 1/2) / 2^32 in (0, 1]: the largest is 6.76. */
+/* (x + 1/2) / 2^32, in (0, 1]. From two halves, for vector units convert signed integers only; the product is exact, so the sum rounds x once. */
+static inline float random_uniform(uint32_t x) { return ((float)(int32_t)(x >> 16) * 65536.0f + (float)(int32_t)(x & 0xFFFFu) + 0.5f) * 0x1p-32f; }
+
+/* sqrt(-2 ln u), u = random_uniform(x): the largest is 6.76. */
 static inline float random_radius(uint32_t x) {
-    union { float f; int32_t i; } m;
-    /* from two halves, for vector units convert signed integers only; the product is exact, so the sum rounds x once */
-    m.f = ((float)(int32_t)(x >> 16) * 65536.0f + (float)(int32_t)(x & 0xFFFFu) + 0.5f) * 0x1p-32f;
+    union {
+        float f;
+        int32_t i;
+    } m;
+    m.f = random_uniform(x);
+    float rest = random_uniform(~x);      /* 1 - u, exact where u is close to 1 and its own float is not */
     int32_t e = (m.i - 0x3F3504F3) >> 23; /* u = m 2^e with m in [sqrt(1/2), sqrt(2)) */
     m.i -= e * (1 << 23);
-    float s = (m.f - 1.0f) / (m.f + 1.0f), z = s * s; /* ln m = 2 artanh s = 2 s (1 + s^2/3 + s^4/5 ...), |s| < 0.172 */
+    float top = e ? m.f - 1.0f : -rest, bottom = e ? m.f + 1.0f : 2.0f - rest;
+    float s = top / bottom, z = s * s; /* ln m = 2 artanh s = 2 s (1 + s^2/3 + s^4/5 ...), s = (m - 1)/(m + 1), |s| < 0.172 */
     float p = 2.0f + z * (0.666666667f + z * (0.4f + z * (0.285714286f + z * 0.222222222f)));
     float n = (float)e;
     float ln = n * 0.693145752f + (n * 1.42860677e-6f + s * p);
@@ -35,7 +42,7 @@ static inline float random_radius(uint32_t x) {
 
 /* cos and sin of the angle 2 pi x / 2^32, reduced to a quarter turn in integers, which is exact. */
 static inline void random_turn(float *cosine, float *sine, uint32_t x) {
-    uint32_t quadrant = (x + 0x20000000u) >> 30;                                 /* nearest, 4 = 0 again by overflow */
+    uint32_t quadrant = (x + 0x20000000u) >> 30;                                /* nearest, 4 = 0 again by overflow */
     float a = (float)(int32_t)(x - (quadrant << 30)) * 1.46291807926715968e-9f; /* 2 pi / 2^32; |a| <= pi/4 */
     float z = a * a;
     float s = a + a * z * (-1.66666667e-1f + z * (8.33333333e-3f + z * (-1.98412698e-4f + z * 2.75573192e-6f)));
@@ -100,10 +107,11 @@ static void random_task(void *argument, int64_t i) {
 }
 
 static ladd_status random_run(random_job job, ladd_rng_key key, int B) {
-    if (B < 0 || job.n < 0) return ladd_fail(LADD_ERR_VALUE, "random numbers: sizes of at least 0 expected, got B = %d, n = %lld", B, (long long)job.n);
+    if (B < 0 || job.n < 0)
+        return ladd_fail(LADD_ERR_VALUE, "random numbers: sizes of at least 0 expected, got B = %d, n = %lld", B, (long long)job.n);
     ladd_philox_key(job.key, key);
     job.chunks = (job.n + RANDOM_CHUNK - 1) / RANDOM_CHUNK;
-    ladd_parallel(B * job.chunks, random_task, &job);
+    ladd_parallel_work(B * job.chunks, B * job.n * 4, random_task, &job);
     return LADD_OK;
 }
 

@@ -51,7 +51,7 @@ int core_begin(core_call *call, PyThread_type_lock lock); /* 0, or -1 with an ex
 int core_end(core_call *call, ladd_status status);        /* 0, or -1 with the exception that the status stands for */
 int core_raise(ladd_status status);                       /* sets that exception (GIL held); always -1 */
 
-/* CORE_RUN(expression with `ctx`): a kernel without an object. Evaluates to 0 or -1. */
+/* Runs one kernel of the table without an object; `result` becomes 0 or -1. */
 #define CORE_KERNEL(result, name, ...)                                                               \
     do {                                                                                             \
         core_call call_;                                                                             \
@@ -69,12 +69,14 @@ typedef struct core_dims {
 #define IDIM(dims, letter) ((int)DIM(dims, letter))
 
 /* Checks that `object` is a float32, aligned, C-contiguous ndarray with one axis for each letter of `shape`, every size from 1 to INT_MAX. '*' stands for
- * any further axes (at least none), whose product becomes the size of '*'. NULL and an exception, or the array borrowed. */
+ * any further axes, whose product (1 for none) becomes the size of '*'. NULL and an exception, or the array borrowed. */
 PyArrayObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims);
 /* The same for an array that will be written: it must be writeable. */
 PyArrayObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims);
 /* None gives NULL with *ok = 1. */
 PyArrayObject *core_optional(PyObject *object, const char *name, const char *shape, core_dims *dims, int *ok);
+/* Any strides; the caller checks them. */
+PyArrayObject *core_strided(PyObject *object, const char *name, const char *shape, core_dims *dims);
 /* A new float32 array of these sizes (all letters known); new reference. zeroed: filled with 0. */
 PyObject *core_new(const char *shape, const core_dims *dims, int zeroed);
 PyObject *core_new_like(PyArrayObject *array, int zeroed);

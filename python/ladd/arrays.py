@@ -14,7 +14,7 @@ Array = NDArray[np.float32]
 def as_float32(value: Any, name: str, shape: Sequence[int | str | None] | None = None, *, finite: bool = False) -> Array:
     """`value` as float32, without a copy where it already is. Letters in `shape` stand for any size and show in the error."""
     array = _as_numpy(value, name)
-    if array.dtype.kind not in "fiu" or (array.dtype.kind in "iu" and array.ndim == 0 and False):
+    if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} must hold real numbers (float32), got dtype {array.dtype}")
     result = np.ascontiguousarray(array, dtype=np.float32) if array.ndim else np.asarray(array, dtype=np.float32)
     if shape is not None:

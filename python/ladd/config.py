@@ -207,11 +207,11 @@ class MMDiTConfig(_ModelConfig):
     def __post_init__(self) -> None:
         for name in ("sample_size", "patch_size", "in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim",
                      "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size"):  # fmt: skip
-            _int(self, name, 1, 1 << 20)
+            _int(self, name, 1, 4096 if name == "pos_embed_max_size" else 1 << 16)
         _int(self, "num_layers", 1, 128)
         if self.out_channels is None:  # diffusers: null means "as many as come in"
             object.__setattr__(self, "out_channels", self.in_channels)
-        _int(self, "out_channels", 1, 1 << 20)
+        _int(self, "out_channels", 1, 1 << 16)
         object.__setattr__(self, "dual_attention_layers", () if self.dual_attention_layers is None else self.dual_attention_layers)
         _int_tuple(self, "dual_attention_layers", 0)
         layers = tuple(sorted(set(self.dual_attention_layers)))
@@ -257,7 +257,7 @@ class AutoencoderKLConfig(_ModelConfig):
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size"):
-            _int(self, name, 1, 1 << 20)
+            _int(self, name, 1, 1 << 16)
         _int_tuple(self, "block_out_channels", 1)
         levels = len(self.block_out_channels)
         if not 1 <= levels <= 8:
@@ -305,24 +305,24 @@ class DiscriminatorConfig(_ModelConfig):
     condition_dim: int = 64  # width of the space in which logits are projected on the condition
 
     def __post_init__(self) -> None:
-        _int(self, "feature_dim", 1, 1 << 20)
+        _int(self, "feature_dim", 1, 1 << 16)
         _int_tuple(self, "taps", 0)
         if not self.taps or len(self.taps) > 128 or list(self.taps) != sorted(set(self.taps)):
             _fail(self, "taps", "1 to 128 block indices in ascending order, each once", self.taps)
-        _int(self, "pooled_dim", 0, 1 << 20)
-        _int(self, "width", 1, 1 << 20)
+        _int(self, "pooled_dim", 0, 1 << 16)
+        _int(self, "width", 1, 1 << 16)
         _int(self, "kernel_size", 1, 31)
         if self.kernel_size % 2 == 0:
             _fail(self, "kernel_size", "odd", self.kernel_size)
         _choice(self, "norm", ("group", "none"))
-        _int(self, "num_groups", 1, 1 << 20)
+        _int(self, "num_groups", 1, 1 << 16)
         if self.norm == "group" and self.width % self.num_groups:
             _fail(self, "num_groups", f"a divisor of width = {self.width}", self.num_groups)
         for name in ("spectral_norm", "condition_sigma", "condition_pooled"):
             _bool(self, name)
         if self.condition_pooled and self.pooled_dim == 0:
             _fail(self, "pooled_dim", "the width of the pooled text, because condition_pooled is true", self.pooled_dim)
-        _int(self, "condition_dim", 1, 1 << 20)
+        _int(self, "condition_dim", 1, 1 << 16)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Reverse-mode differentiation over float64 NumPy arrays: just enough to give the oracles exact gradients.
 
-An operation returns a Tensor that remembers its inputs and how to send a gradient to them; `backward` walks the graph once, last made first.
-Everything is written for being obviously right, not for speed.
+An operation returns a Tensor that remembers its inputs and how to send a gradient to them; `backward` walks the graph once, last
+made first. Everything is written for being obviously right, not for speed.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def pad2d(x: Tensor, top: int, left: int, bottom: int, right: int) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, pad: Sequence[int] = (0, 0, 0, 0)) -> Tensor:
-    """Cross-correlation, weight [Cout, Cin, kh, kw], pad = (top, left, bottom, right): the sum over kernel positions of a matrix product."""
+    """Cross-correlation, weight [Cout, Cin, kh, kw], pad = (top, left, bottom, right): a matrix product a kernel position."""
     x = pad2d(x, *pad)
     c_out, _, kh, kw = weight.shape
     batch, _, rows, columns = x.shape

@@ -1,4 +1,4 @@
-"""MMDiT of Stable Diffusion 3 and 3.5 in float64, every variant: joint blocks, dual attention, RMS norm of q and k, taps, skipped layers."""
+"""MMDiT of Stable Diffusion 3 and 3.5 in float64: joint blocks, dual attention, RMS norm of q and k, taps, skipped layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EPS = 1e-6
 
 
 def position_table(config: dict[str, Any]) -> Array:
-    """[1, M*M, D]: sine then cosine of the column in the first half of the channels, of the row in the second; angles in double, stored in single."""
+    """[1, M*M, D]: sine then cosine of the column in the first half of the channels, of the row in the second."""
     size = config["pos_embed_max_size"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     base = config["sample_size"] // config["patch_size"]
@@ -29,7 +29,7 @@ def position_table(config: dict[str, Any]) -> Array:
 
 
 def timestep_features(sigma: Array, dim: int = 256) -> Array:
-    """[cos, sin] of 1000 sigma f_i. Frequencies and their product with the time are single precision, as in the models' own training."""
+    """[cos, sin] of 1000 sigma f_i. Frequencies and angles are single precision, as in the models' own training."""
     half = dim // 2
     exponent = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
@@ -147,13 +147,23 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         b, dual, last = f"transformer_blocks.{i}.", i in config["dual_attention_layers"], i == layers - 1
         lin(b + "norm1.linear", (9 if dual else 6) * d, d)
         lin(b + "norm1_context.linear", (2 if last else 6) * d, d)
-        projections = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
+        projections = [
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+        ]
         projections += [] if last else ["attn.to_add_out"]
         projections += ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"] if dual else []
         for name in projections:
             lin(b + name, d, d)
         if config["qk_norm"] == "rms_norm":
-            norms = ["attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"] + (["attn2.norm_q", "attn2.norm_k"] if dual else [])
+            norms = ["attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"] + (
+                ["attn2.norm_q", "attn2.norm_k"] if dual else []
+            )
             shapes.update({f"{b}{name}.weight": (dh,) for name in norms})
         for name in ["ff"] if last else ["ff", "ff_context"]:
             lin(f"{b}{name}.net.0.proj", 4 * d, d)

@@ -89,7 +89,10 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if config.get("mid_block_add_attention", True):
             norm(name + ".attentions.0.group_norm", width)
             for part in ("to_q", "to_k", "to_v", "to_out.0"):
-                shapes[f"{name}.attentions.0.{part}.weight"], shapes[f"{name}.attentions.0.{part}.bias"] = (width, width), (width,)
+                shapes[f"{name}.attentions.0.{part}.weight"], shapes[f"{name}.attentions.0.{part}.bias"] = (
+                    (width, width),
+                    (width,),
+                )
 
     for side, order, into, out in (
         ("encoder", widths, config["in_channels"], 2 * latent),
@@ -97,7 +100,7 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     ):
         conv(side + ".conv_in", order[0], into)
         encoding = side == "encoder"
-        blocks, extra = (("down_blocks", 0) if encoding else ("up_blocks", 1))
+        blocks, extra = ("down_blocks", 0) if encoding else ("up_blocks", 1)
         sampler = "downsamplers" if encoding else "upsamplers"
         before = order[0]
         for i, width in enumerate(order):

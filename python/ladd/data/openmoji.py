@@ -297,8 +297,7 @@ class Views:
 
     def draw(self, step: int, batch: int) -> list[View]:
         """Record, background, scale, place and caption of each row of a batch, without rendering."""
-        key = [self.seed & 0xFFFFFFFFFFFFFFFF, _purposes.DATA << 32 | step]
-        u = np.random.Generator(np.random.Philox(key=key)).random((batch, 7))
+        u = _purposes.generator(self.seed, _purposes.DATA, step).random((batch, 7))
         which = np.minimum(np.searchsorted(self._cumulative, u[:, 0], side="right"), len(self.records) - 1)
         out = []
         for i, row in zip(which, u, strict=True):

@@ -2,9 +2,9 @@
 
     python -m ladd.evaluation.classifier --out python/ladd/pretrained/openmoji/classifier        # a few minutes on two cores
 
-From one feature vector it predicts the words of the caption (a softmax over the vocabulary, trained on the caption's content words
-with equal shares), the background class, and the drawing's centre and scale. So it serves three measurements: FID and KID in its
-features, prompt recall by its words, diversity within a prompt by its background, place and scale.
+From one feature vector it predicts the words of the caption (a softmax over the vocabulary, trained on the caption's content
+words with equal shares), the background class, and the drawing's centre and scale. So it serves three measurements: FID and KID
+in its features, prompt recall by its words, diversity within a prompt by its background, place and scale.
 
 **The FID and KID taken in these features compare with nothing else.** They depend on this network's weights, not on Inception's:
 they rank models that were measured with the same weights on the same data, and are on no other scale.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from .. import _core, _purposes
 from ..config import from_dict, load_json
+from ..weights import check_names, read_folder, save_model
 
 if TYPE_CHECKING:
     from ..data.openmoji import Record, View
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "pretrained" / "openmoji" / "classifier"
+_CLASS_NAME, _STEM = "FeatureNetwork", "model"
 STOP_WORDS = frozenset("a an and at by for from in of off on or s the to with without".split())
 PLACE_UNIT = 0.1  # the network's outputs for centre and scale are in these units, so that they are of order 1
 SCALE_MIDDLE, SCALE_UNIT = 0.85, 0.1
@@ -91,7 +92,8 @@ def content_words(name: str) -> list[str]:
 
 
 class FeatureNetwork:
-    """Six 3x3 convolutions with group norm and SiLU, one hidden linear layer with GELU (the features), one linear layer for all outputs."""
+    """Six 3x3 convolutions with group norm and SiLU, one hidden linear layer with GELU (the features), one linear layer for all
+    outputs."""
 
     def __init__(self, config: FeatureNetworkConfig, *, seed: int = 0) -> None:
         self.config = config
@@ -124,7 +126,8 @@ class FeatureNetwork:
     # ---- forward and backward ----
 
     def forward(self, images: Array, *, keep: bool = False) -> tuple[Array, Array, list[Any]]:
-        """images [B,3,size,size] in [-1,1] -> features [B,F], outputs [B, words + backgrounds + 3], what backward needs (empty without keep)."""
+        """images [B,3,size,size] in [-1,1] -> features [B,F], outputs [B, words + backgrounds + 3], what backward needs (empty
+        without keep)."""
         size = self.config.size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be [B,3,{size},{size}], got {images.shape}")
@@ -132,7 +135,9 @@ class FeatureNetwork:
         for i, stride in enumerate(_CONV_STRIDES):
             h = _core.conv2d_forward(x, t[f"conv.{i}.weight"], t[f"conv.{i}.bias"], stride, _PADDING)
             flat = h.reshape(h.shape[0], h.shape[1], -1)
-            y, mean, rstd = _core.group_norm_forward(flat, t[f"norm.{i}.weight"], t[f"norm.{i}.bias"], self.config.groups, silu=True)
+            y, mean, rstd = _core.group_norm_forward(
+                flat, t[f"norm.{i}.weight"], t[f"norm.{i}.bias"], self.config.groups, silu=True
+            )
             if keep:
                 saved.append((x, h, mean, rstd))
             x = y.reshape(h.shape)
@@ -168,13 +173,17 @@ class FeatureNetwork:
         self.gradients[f"{layer}.bias"] += bias
 
     def loss(self, outputs: Array, targets: Targets) -> tuple[dict[str, float], Array]:
-        """Cross-entropy of words and of background, squared error of place and scale, averaged over pictures; and d(sum)/d(outputs)."""
+        """Cross-entropy of words and of background, squared error of place and scale, averaged over pictures; and
+        d(sum)/d(outputs)."""
         words, backgrounds, geometry = self._split(outputs)
         batch = np.float32(len(outputs))
         parts, doutputs = {}, np.empty_like(outputs)
         dwords, dbackgrounds, dgeometry = self._split(doutputs)
         one_hot = np.eye(len(self.config.backgrounds), dtype=np.float32)[targets.background]
-        for name, logits, wanted, d in (("words", words, targets.words, dwords), ("background", backgrounds, one_hot, dbackgrounds)):
+        for name, logits, wanted, d in (
+            ("words", words, targets.words, dwords),
+            ("background", backgrounds, one_hot, dbackgrounds),
+        ):
             log_p = logits - logits.max(axis=1, keepdims=True)
             log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
             parts[name] = float(-(wanted * log_p).sum(dtype=np.float64) / batch)
@@ -227,44 +236,30 @@ class FeatureNetwork:
     # ---- files ----
 
     def save(self, folder: str | Path, record: dict[str, Any] | None = None) -> None:
-        """config.json (with `record`, how it was trained) and model.safetensors in 16 bits."""
-        from safetensors.numpy import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.astype(np.float16) for name, value in self.tensors.items()}, folder / "model.safetensors")
-        config = {**dataclasses.asdict(self.config), "training": record or {}}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        """config.json (with `record`, how it was trained) and the weights in 16 bits."""
+        config = {**dataclasses.asdict(self.config), "_training": record or {}}
+        save_model(folder, _CLASS_NAME, config, self.tensors, dtype="float16", stem=_STEM)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | None = None) -> FeatureNetwork:
         """Reads a folder that save() wrote; the shipped network by default."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         folder = DEFAULT_FOLDER if folder is None else Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: train a feature network with python -m ladd.evaluation.classifier --out {folder}")
-        table = load_json(folder / "config.json")
-        table.pop("training", None)
-        network = cls(from_dict(FeatureNetworkConfig, table, str(folder / "config.json")))
-        path = folder / "model.safetensors"
-        try:
-            given = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-        if given.keys() != network.tensors.keys():
-            odd = sorted(given.keys() ^ network.tensors.keys())
-            raise ValueError(f"{path}: tensors do not fit config.json: missing or unexpected {', '.join(odd[:5])}")
-        for name, value in given.items():
-            if value.shape != network.tensors[name].shape:
-                raise ValueError(f"{path}: {name} must have shape {network.tensors[name].shape}, got {value.shape}")
+        if not (folder / "config.json").is_file():
+            command = f"python -m ladd.evaluation.classifier --out {folder}"
+            raise FileNotFoundError(f"{folder} holds no feature network (config.json is missing); {command} trains one")
+        config = from_dict(FeatureNetworkConfig, _public(load_json(folder / "config.json")), str(folder / "config.json"))
+        network, given = cls(config), read_folder(folder, stem=_STEM)
+        expected = {name: value.shape for name, value in network.tensors.items()}
+        check_names(expected, {name: tensor.shape for name, tensor in given.items()}, f"the configuration in {folder}")
+        for name, value in network.tensors.items():
+            value[...] = given[name].read()
             if not np.isfinite(value).all():
-                raise ValueError(f"{path}: {name} contains NaN or infinity")
-        for name, value in given.items():
-            network.tensors[name][...] = value
+                raise ValueError(f"{folder}: {name} contains NaN or infinity")
         return network
+
+
+def _public(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if not key.startswith("_")}
 
 
 def _views(flat: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -277,7 +272,8 @@ def _views(flat: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
 
 
 def true_place(views: Sequence[View]) -> NDArray[np.float64]:
-    """Centres [n,2] of the drawings, (x, y), as a share of the picture; 0 is the middle. A view's place is its share of the free room."""
+    """Centres [n,2] of the drawings, (x, y), as a share of the picture; 0 is the middle. A view's place is its share of the
+    free room."""
     place = np.array([view.place for view in views], np.float64)
     free = 1.0 - np.array([view.scale for view in views], np.float64)
     return (place - 0.5) * free[:, None]
@@ -287,7 +283,8 @@ def true_place(views: Sequence[View]) -> NDArray[np.float64]:
 
 
 def agreement(network: FeatureNetwork, views: Sequence[View], images: Array) -> dict[str, float]:
-    """How well the network reads real views: word recall, background accuracy, mean error of the place in pixels and of the scale."""
+    """How well the network reads real views: word recall, background accuracy, mean error of the place in pixels and of the
+    scale."""
     from .metrics import word_recall
 
     seen = network.predict(images)
@@ -370,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{split:12s}", "  ".join(f"{name} {value:.3f}" for name, value in measured[split].items()))
     last = {name: float(np.mean([row[name] for row in history[-50:]])) for name in ("words", "background", "geometry")}
     network.save(given.out, {"settings": settings, "final_loss": last, "measured": measured})
-    print(f"wrote {given.out}: {(given.out / 'model.safetensors').stat().st_size / 1e6:.2f} MB")
+    print(f"wrote {given.out}: {(given.out / f'{_STEM}.safetensors').stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

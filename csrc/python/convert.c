@@ -1,0 +1,353 @@
+/* Arguments in and results out: every check that stands between a Python object and a pointer of the core. Strict: nothing is converted here, for a
+ * silent copy would make writes into a given array vanish; ladd.kernels and ladd.models convert before they call. */
+#include <limits.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "binding.h"
+
+/* ---- shapes in words ------------------------------------------------------------------------------------------------- */
+
+enum { TEXT_MAX = 256 };
+
+/* "B, C=16, H, W": what is known of the sizes that `shape` names. */
+static const char *expected_text(char text[TEXT_MAX], const char *shape, const core_dims *dims) {
+    int used = 0;
+    for (const char *letter = shape; *letter; letter++) {
+        const char *comma = letter == shape ? "" : ", ";
+        int64_t known = *letter == '*' ? 0 : dims->of[(unsigned char)*letter];
+        if (*letter == '*')
+            used += snprintf(text + used, TEXT_MAX - used, "%s...", comma);
+        else if (known)
+            used += snprintf(text + used, TEXT_MAX - used, "%s%c=%lld", comma, *letter, (long long)known);
+        else
+            used += snprintf(text + used, TEXT_MAX - used, "%s%c", comma, *letter);
+        if (used >= TEXT_MAX) break;
+    }
+    return text;
+}
+
+static const char *given_text(char text[TEXT_MAX], PyArrayObject *array) {
+    int used = 0;
+    text[0] = 0;
+    for (int i = 0; i < PyArray_NDIM(array) && used < TEXT_MAX; i++)
+        used += snprintf(text + used, TEXT_MAX - used, "%s%lld", i ? ", " : "", (long long)PyArray_DIM(array, i));
+    return text;
+}
+
+static PyArrayObject *wrong_shape(const char *name, const char *shape, const core_dims *dims, PyArrayObject *array) {
+    char expected[TEXT_MAX], given[TEXT_MAX];
+    PyErr_Format(PyExc_ValueError, "%s: expected shape (%s), got (%s)", name, expected_text(expected, shape, dims), given_text(given, array));
+    return NULL;
+}
+
+/* ---- arrays in ------------------------------------------------------------------------------------------------------- */
+
+/* float32 in native byte order and aligned; the layout is for the caller. */
+static int is_float32(PyObject *object, const char *name, const char *shape, const core_dims *dims) {
+    char expected[TEXT_MAX];
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a float32 array of shape (%s), got %.100s", name, expected_text(expected, shape, dims),
+                     Py_TYPE(object)->tp_name);
+        return 0;
+    }
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (PyArray_TYPE(array) != NPY_FLOAT32 || !PyArray_ISNOTSWAPPED(array)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected dtype float32, got %S", name, (PyObject *)PyArray_DESCR(array));
+        return 0;
+    }
+    if (!PyArray_ISALIGNED(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected an aligned array, got one at an odd address", name);
+        return 0;
+    }
+    return 1;
+}
+
+/* Compares the sizes with `shape` and fills in the letters that were not known. */
+static int match_dims(PyArrayObject *array, const char *name, const char *shape, core_dims *dims) {
+    int letters = (int)strlen(shape), open = letters && shape[letters - 1] == '*', fixed = letters - open;
+    int ndim = PyArray_NDIM(array);
+    if (open ? ndim < fixed : ndim != fixed) return wrong_shape(name, shape, dims, array) != NULL;
+    int64_t rest = 1;
+    for (int i = 0; i < ndim; i++) {
+        npy_intp size = PyArray_DIM(array, i);
+        if (size < 1 || size > INT_MAX) {
+            char given[TEXT_MAX];
+            PyErr_Format(PyExc_ValueError, "%s: expected sizes from 1 to %d, got (%s)", name, INT_MAX, given_text(given, array));
+            return 0;
+        }
+        if (i >= fixed) {
+            rest *= size;
+            continue;
+        }
+        int64_t *known = &dims->of[(unsigned char)shape[i]];
+        if (*known && *known != size) return wrong_shape(name, shape, dims, array) != NULL;
+        *known = size;
+    }
+    if (open) {
+        if (DIM(dims, '*') && DIM(dims, '*') != rest) {
+            char given[TEXT_MAX];
+            PyErr_Format(PyExc_ValueError, "%s: expected %lld elements a sample, got shape (%s)", name, (long long)DIM(dims, '*'), given_text(given, array));
+            return 0;
+        }
+        DIM(dims, '*') = rest;
+    }
+    return 1;
+}
+
+PyArrayObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims) {
+    if (!is_float32(object, name, shape, dims)) return NULL;
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (!match_dims(array, name, shape, dims)) return NULL;
+    if (!PyArray_IS_C_CONTIGUOUS(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous array, got a strided view", name);
+        return NULL;
+    }
+    return array;
+}
+
+PyArrayObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims) {
+    PyArrayObject *array = core_input(object, name, shape, dims);
+    if (array && !PyArray_ISWRITEABLE(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a writeable array, got a read-only one", name);
+        return NULL;
+    }
+    return array;
+}
+
+PyArrayObject *core_optional(PyObject *object, const char *name, const char *shape, core_dims *dims, int *ok) {
+    *ok = 1;
+    if (!object || object == Py_None) return NULL;
+    PyArrayObject *array = core_input(object, name, shape, dims);
+    *ok = array != NULL;
+    return array;
+}
+
+PyArrayObject *core_strided(PyObject *object, const char *name, const char *shape, core_dims *dims) {
+    if (!is_float32(object, name, shape, dims)) return NULL;
+    PyArrayObject *array = (PyArrayObject *)object;
+    return match_dims(array, name, shape, dims) ? array : NULL;
+}
+
+PyArrayObject *core_same_shape(PyObject *object, const char *name, PyArrayObject *like, const char *like_name) {
+    core_dims dims = {0};
+    PyArrayObject *array = core_input(object, name, "*", &dims);
+    if (array && !PyArray_SAMESHAPE(array, like)) {
+        char expected[TEXT_MAX], given[TEXT_MAX];
+        PyErr_Format(PyExc_ValueError, "%s: expected shape (%s) as %s, got (%s)", name, given_text(expected, like), like_name, given_text(given, array));
+        return NULL;
+    }
+    return array;
+}
+
+/* ---- arrays out ------------------------------------------------------------------------------------------------------ */
+
+static PyObject *new_array(int ndim, const npy_intp *sizes, int zeroed) {
+    return zeroed ? PyArray_ZEROS(ndim, (npy_intp *)sizes, NPY_FLOAT32, 0) : PyArray_EMPTY(ndim, (npy_intp *)sizes, NPY_FLOAT32, 0);
+}
+
+PyObject *core_new(const char *shape, const core_dims *dims, int zeroed) {
+    npy_intp sizes[NPY_MAXDIMS];
+    int ndim = (int)strlen(shape);
+    for (int i = 0; i < ndim; i++) sizes[i] = (npy_intp)dims->of[(unsigned char)shape[i]];
+    return new_array(ndim, sizes, zeroed);
+}
+
+PyObject *core_new_like(PyArrayObject *array, int zeroed) { return new_array(PyArray_NDIM(array), PyArray_DIMS(array), zeroed); }
+
+PyObject *core_output(PyObject *out, const char *shape, core_dims *dims) {
+    if (!out || out == Py_None) return core_new(shape, dims, 0);
+    return Py_XNewRef((PyObject *)core_inout(out, "out", shape, dims));
+}
+
+PyObject *core_output_like(PyObject *out, PyArrayObject *array) {
+    if (!out || out == Py_None) return core_new_like(array, 0);
+    PyArrayObject *given = core_same_shape(out, "out", array, "the input");
+    if (given && !PyArray_ISWRITEABLE(given)) {
+        PyErr_SetString(PyExc_ValueError, "out: expected a writeable array, got a read-only one");
+        return NULL;
+    }
+    return Py_XNewRef((PyObject *)given);
+}
+
+int core_no_overlap(PyObject *out, PyArrayObject *input, const char *name, int in_place) {
+    if (!out || !input) return 0;
+    const char *a = PyArray_BYTES((PyArrayObject *)out), *b = PyArray_BYTES(input);
+    npy_intp a_bytes = PyArray_NBYTES((PyArrayObject *)out), b_bytes = PyArray_NBYTES(input);
+    if (in_place && a == b && a_bytes == b_bytes) return 0;
+    if (a + a_bytes <= b || b + b_bytes <= a) return 0;
+    PyErr_Format(PyExc_ValueError, "out: expected memory apart from %s%s, got an overlap", name, in_place ? " or exactly its own" : "");
+    return -1;
+}
+
+/* ---- sequences and numbers ------------------------------------------------------------------------------------------- */
+
+PyObject *core_sequence(PyObject *object, const char *name, Py_ssize_t n, const char *meaning) {
+    if (!PyList_Check(object) && !PyTuple_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a list of %zd arrays (%s), got %.100s", name, n, meaning, Py_TYPE(object)->tp_name);
+        return NULL;
+    }
+    /* A tuple of its own: another thread may change the caller's list while the GIL is released. */
+    PyObject *items = PySequence_Tuple(object);
+    if (items && PyTuple_GET_SIZE(items) != n) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %zd arrays (%s), got %zd", name, n, meaning, PyTuple_GET_SIZE(items));
+        Py_CLEAR(items);
+    }
+    return items;
+}
+
+int core_int(PyObject *object, const char *name, long low, long high, int *out) {
+    /* NumPy's integers count as integers; True and 2.0 do not. */
+    if (PyBool_Check(object) || !PyIndex_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an integer, got %.100s", name, Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    PyObject *number = PyNumber_Index(object);
+    if (!number) return -1;
+    int overflow = 0;
+    long value = PyLong_AsLongAndOverflow(number, &overflow);
+    if (value == -1 && !overflow && PyErr_Occurred()) {
+        Py_DECREF(number);
+        return -1;
+    }
+    if (overflow || value < low || value > high) {
+        PyErr_Format(PyExc_ValueError, "%s: expected an integer from %ld to %ld, got %S", name, low, high, number);
+        Py_DECREF(number);
+        return -1;
+    }
+    Py_DECREF(number);
+    *out = (int)value;
+    return 0;
+}
+
+int core_bool(PyObject *object, const char *name, int *out) {
+    if (object != Py_True && object != Py_False && !PyArray_IsScalar(object, Bool)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected True or False, got %.100s", name, Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    *out = PyObject_IsTrue(object);
+    return *out < 0 ? -1 : 0;
+}
+
+int core_uint64(PyObject *object, const char *name, uint64_t *out) {
+    if (PyBool_Check(object) || !PyIndex_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an integer, got %.100s", name, Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    PyObject *number = PyNumber_Index(object);
+    if (!number) return -1;
+    unsigned long long value = PyLong_AsUnsignedLongLong(number);
+    if (value == (unsigned long long)-1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%s: expected an integer from 0 to 2**64 - 1, got %S", name, number);
+        Py_DECREF(number);
+        return -1;
+    }
+    Py_DECREF(number);
+    *out = value;
+    return 0;
+}
+
+int core_in_range(double value, const char *name, double low, double high) {
+    if (value >= low && value <= high && isfinite(value)) return 0;
+    PyObject *given = PyFloat_FromDouble(value), *from = PyFloat_FromDouble(low), *to = PyFloat_FromDouble(high);
+    if (given && from && to) {
+        if (high < HUGE_VAL)
+            PyErr_Format(PyExc_ValueError, "%s: expected a number from %R to %R, got %R", name, from, to, given);
+        else if (low > -HUGE_VAL)
+            PyErr_Format(PyExc_ValueError, "%s: expected a finite number of at least %R, got %R", name, from, given);
+        else
+            PyErr_Format(PyExc_ValueError, "%s: expected a finite number, got %R", name, given);
+    }
+    Py_XDECREF(given);
+    Py_XDECREF(from);
+    Py_XDECREF(to);
+    return -1;
+}
+
+int core_finite(double value, const char *name) { return core_in_range(value, name, -HUGE_VAL, HUGE_VAL); }
+
+Py_ssize_t core_int_list(PyObject *object, const char *name, int *out, Py_ssize_t room, long low, long high) {
+    PyObject *items = PyUnicode_Check(object) || PyBytes_Check(object) ? NULL : PySequence_Tuple(object);
+    if (!items) {
+        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s: expected a sequence of integers, got %.100s", name, Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    Py_ssize_t n = PyTuple_GET_SIZE(items);
+    if (n > room) {
+        PyErr_Format(PyExc_ValueError, "%s: expected at most %zd integers, got %zd", name, room, n);
+        n = -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (core_int(PyTuple_GET_ITEM(items, i), name, low, high, &out[i]) < 0) n = -1;
+    Py_DECREF(items);
+    return n;
+}
+
+/* ---- configurations -------------------------------------------------------------------------------------------------- */
+
+int core_config_begin(core_config *config, const char *model, PyObject *mapping) {
+    config->model = model;
+    config->dict = NULL;
+    if (!PyMapping_Check(mapping) || PyUnicode_Check(mapping) || PySequence_Check(mapping) > PyDict_Check(mapping)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a mapping of settings, got %.100s", model, Py_TYPE(mapping)->tp_name);
+        return -1;
+    }
+    config->dict = PyDict_New();
+    if (config->dict && PyDict_Update(config->dict, mapping) == 0) return 0;
+    Py_CLEAR(config->dict);
+    return -1;
+}
+
+PyObject *core_config_take(core_config *config, const char *key, int required, int *ok) {
+    *ok = 0;
+    PyObject *name = PyUnicode_FromString(key);
+    if (!name) return NULL;
+    PyObject *value = Py_XNewRef(PyDict_GetItemWithError(config->dict, name));
+    if (value) {
+        *ok = PyDict_DelItem(config->dict, name) == 0;
+        if (!*ok) Py_CLEAR(value);
+    } else if (required && !PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "%s: expected a setting %s, got none", config->model, key);
+    else
+        *ok = !PyErr_Occurred();
+    Py_DECREF(name);
+    return value;
+}
+
+int core_config_int(core_config *config, const char *key, int required, long low, long high, int *out) {
+    int ok;
+    PyObject *value = core_config_take(config, key, required, &ok);
+    int result = value ? core_int(value, key, low, high, out) : ok - 1;
+    Py_XDECREF(value);
+    return result;
+}
+
+int core_config_bool(core_config *config, const char *key, int required, int *out) {
+    int ok;
+    PyObject *value = core_config_take(config, key, required, &ok);
+    int result = value ? core_bool(value, key, out) : ok - 1;
+    Py_XDECREF(value);
+    return result;
+}
+
+Py_ssize_t core_config_ints(core_config *config, const char *key, int required, int *out, Py_ssize_t room, long low, long high) {
+    int ok;
+    PyObject *value = core_config_take(config, key, required, &ok);
+    Py_ssize_t n = value ? core_int_list(value, key, out, room, low, high) : (ok ? -2 : -1);
+    Py_XDECREF(value);
+    return n;
+}
+
+int core_config_done(core_config *config) {
+    if (PyDict_GET_SIZE(config->dict) == 0) return 0;
+    PyObject *keys = PyDict_Keys(config->dict);
+    if (keys) PyErr_Format(PyExc_ValueError, "%s: expected only known settings, got unknown ones: %R", config->model, keys);
+    Py_XDECREF(keys);
+    return -1;
+}
+
+void core_config_end(core_config *config) { Py_CLEAR(config->dict); }

@@ -1,0 +1,236 @@
+"""Latent shards: what LADD trains on, as safetensors files with an index that says where they come from.
+
+    {prefix}-00000.safetensors   latents[n,C,H,W] (float16 or float32), seed[n], guidance[n]; the text either as prompts (metadata, JSON) for a text
+                                 encoder of the project, or as context[n,T,J] and pooled[n,P] from any other
+    index.json                   provenance (teacher, autoencoder, scaling, guidance, steps, schedule, shift, text encoder, count) and the files
+
+Writing is atomic and resumable: a file is complete when the index names it. Reading is by rows, straight from the files: a data set may be larger
+than the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..training.common import fsync_path, write_atomic
+
+Array = NDArray[Any]
+
+FORMAT = 1
+
+
+class TextEncoder(Protocol):
+    """As much of text.WordEncoder as shards need."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Array, Array]: ...
+
+
+@dataclass
+class Batch:
+    """Rows of a data set, as float32."""
+
+    latents: Array  # [B,C,H,W]
+    context: Array  # [B,T,J]
+    pooled: Array  # [B,P]
+
+
+def looks_like_noise(latents: Array) -> bool:
+    """Whether latents [B,C,H,W] are statistically standard normal noise.
+
+    Scaled latents of pictures have mean 0 and deviation 1 too, but neighbouring pixels are correlated; independent normal numbers are not.
+    """
+    x = np.asarray(latents, np.float64)
+    tolerance = max(0.05, 4 / np.sqrt(x.size))
+    if abs(x.mean()) > tolerance or abs(x.std() - 1) > tolerance:
+        return False
+    z = x - x.mean()
+    pairs = [(z[..., 1:], z[..., :-1]), (z[..., 1:, :], z[..., :-1, :])]
+    correlations = [abs((a * b).mean() / z.var()) for a, b in pairs if a.size]
+    excess = (z**4).mean() / z.var() ** 2 - 3
+    return all(c < tolerance for c in correlations) and abs(excess) < 4 * tolerance
+
+
+class ShardWriter:
+    """Appends shards to a folder. Opened again with the same provenance it continues after the last complete shard; `count` says where."""
+
+    def __init__(self, folder: str | Path, provenance: Mapping[str, Any], *, prefix: str = "latents") -> None:
+        self.folder = Path(folder)
+        self.prefix = prefix
+        self.provenance = json.loads(json.dumps(dict(provenance)))
+        self.files: list[dict[str, Any]] = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "index.json").exists():
+            index = read_index(self.folder)
+            difference = _difference(index["provenance"], self.provenance)
+            if difference:
+                raise ValueError(f"{self.folder} holds shards of another origin ({difference}); choose another folder")
+            self.files = index["shards"]
+
+    @property
+    def count(self) -> int:
+        """Rows that are safely written."""
+        return sum(f["count"] for f in self.files)
+
+    def write(self, arrays: Mapping[str, Array], prompts: Sequence[str] | None = None) -> None:
+        """Adds one shard. arrays: latents, and seed, guidance, context, pooled where there are any; all with the same number of rows."""
+        from safetensors.numpy import save_file
+
+        latents = arrays["latents"]
+        n = len(latents)
+        if n == 0 or latents.ndim != 4:
+            raise ValueError(f"latents must have shape [n >= 1, C, H, W], got {list(latents.shape)}")
+        for name, a in arrays.items():
+            if len(a) != n:
+                raise ValueError(f"{name} must have {n} rows as latents have, got {len(a)}")
+        if (prompts is None) == ("context" not in arrays or "pooled" not in arrays):
+            raise ValueError("a shard needs either prompts or both context and pooled")
+        if prompts is not None and len(prompts) != n:
+            raise ValueError(f"there must be {n} prompts as there are latents, got {len(prompts)}")
+        if not np.isfinite(latents).all():
+            raise ValueError("latents must be finite, got NaN or infinite values")
+        name = f"{self.prefix}-{len(self.files):05d}.safetensors"
+        temporary = self.folder / f".{name}.tmp"
+        metadata = {"format": "ladd-latents"} | ({} if prompts is None else {"prompts": json.dumps(list(prompts))})
+        save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, temporary, metadata)
+        fsync_path(temporary)
+        os.replace(temporary, self.folder / name)
+        self.files.append({"file": name, "count": n})
+        index = {"format": FORMAT, "provenance": self.provenance, "count": self.count, "shards": self.files}
+        write_atomic(self.folder / "index.json", json.dumps(index, indent=1).encode())
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """index.json, checked for form."""
+    path = Path(folder) / "index.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no latent shards: index.json is missing (make them with `ladd generate`)")
+    try:
+        index = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    ok = isinstance(index, dict) and index.get("format") == FORMAT and isinstance(index.get("provenance"), dict)
+    if not ok or not isinstance(index.get("shards"), list) or not all(_is_shard(s) for s in index["shards"]):
+        raise ValueError(f"{path} must hold format {FORMAT}, provenance and shards [{{file, count}}]")
+    return index
+
+
+def _is_shard(entry: Any) -> bool:
+    file, count = (entry.get("file"), entry.get("count")) if isinstance(entry, dict) else (None, None)
+    return isinstance(file, str) and Path(file).name == file and isinstance(count, int) and count > 0
+
+
+def _difference(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+    keys = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    return "; ".join(f"{k}: {have.get(k)!r} there, {want.get(k)!r} here" for k in keys)
+
+
+class LatentShards:
+    """Rows of a folder of shards. `text` turns the prompts of prompt shards into context and pooled."""
+
+    def __init__(self, folder: str | Path, text: TextEncoder | None = None) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = Path(folder)
+        self.text = text
+        index = read_index(folder)
+        self.provenance: dict[str, Any] = index["provenance"]
+        if not index["shards"]:
+            raise ValueError(f"{self.folder} holds no latents yet")
+        self._slices: list[dict[str, Any]] = []
+        self._prompts: list[list[str]] = []
+        shape: list[int] | None = None
+        for entry in index["shards"]:
+            path = self.folder / entry["file"]
+            try:
+                file = safe_open(path, framework="np")
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                prompts = json.loads((file.metadata() or {}).get("prompts", "[]"))
+            except (SafetensorError, OSError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path} is not a readable shard: {error}") from None
+            self._check(path, slices, prompts, entry["count"])
+            found = list(slices["latents"].get_shape()[1:])
+            if shape is not None and found != shape:
+                raise ValueError(f"{path}: latents must have shape {shape} as in the first shard, got {found}")
+            shape = found
+            self._slices.append(slices)
+            self._prompts.append(prompts)
+        self._ends = np.cumsum([entry["count"] for entry in index["shards"]])
+
+    def _check(self, path: Path, slices: Mapping[str, Any], prompts: list[str], count: int) -> None:
+        if "latents" not in slices or len(slices["latents"].get_shape()) != 4:
+            raise ValueError(f"{path} must hold latents [n,C,H,W]")
+        for name, part in slices.items():
+            if part.get_shape()[0] != count:
+                raise ValueError(f"{path}: {name} must have {count} rows as the index says, got {part.get_shape()[0]}")
+        if "context" in slices and "pooled" in slices:
+            return
+        if len(prompts) != count:
+            raise ValueError(f"{path} must hold context and pooled, or {count} prompts; got {len(prompts)} prompts")
+        if self.text is None:
+            raise ValueError(f"{path} holds prompts: a text encoder is needed to read it")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+        c, h, w = self._slices[0]["latents"].get_shape()[1:]
+        return int(c), int(h), int(w)
+
+    def prompts(self, rows: Sequence[int] | Array) -> list[str]:
+        """Prompts of rows; an error where the shards hold encoded text only."""
+        out = []
+        for shard, i in map(self._locate, rows):
+            if not self._prompts[shard]:
+                raise ValueError(f"{self.folder} holds encoded text, not prompts")
+            out.append(self._prompts[shard][i])
+        return out
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row must be in [0, {len(self)}), got {row}")
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return shard, int(row - (self._ends[shard - 1] if shard else 0))
+
+    def rows(self, name: str, rows: Sequence[int] | Array) -> Array:
+        """One array's rows, stacked, in the dtype that is stored."""
+        return np.stack([self._slices[shard][name][i : i + 1][0] for shard, i in map(self._locate, rows)])
+
+    def batch(self, rows: Sequence[int] | Array) -> Batch:
+        """Latents with their text."""
+        latents = self.rows("latents", rows).astype(np.float32)
+        if self.text is not None and self._prompts[0]:
+            context, pooled = self.text.encode(self.prompts(rows))
+        else:
+            context, pooled = (self.rows(n, rows).astype(np.float32) for n in ("context", "pooled"))
+        return Batch(latents, np.ascontiguousarray(context), np.ascontiguousarray(pooled))
+
+    def check(self, **expected: Any) -> None:
+        """Raises unless the provenance holds exactly these values: latents of another autoencoder or text encoder would train without a sign."""
+        have = {k: self.provenance.get(k) for k in expected}
+        difference = _difference(have, json.loads(json.dumps(expected)))
+        if difference:
+            raise ValueError(f"{self.folder} does not fit this run ({difference})")
+
+
+def epoch_rows(count: int, batch: int, seed: int, step: int) -> Array:
+    """Rows of step (counted from 1): each row once an epoch, in an order that depends on (seed, epoch) only; batches run across epochs."""
+    from .. import _purposes
+
+    first = (step - 1) * batch
+    out = np.empty(batch, np.int64)
+    for i in range(batch):
+        epoch, place = divmod(first + i, count)
+        if i == 0 or place == 0:
+            order = _purposes.generator(seed, _purposes.DATA, epoch).permutation(count)
+        out[i] = order[place]
+    return out

@@ -1,0 +1,396 @@
+"""What all trainers share: optimizer, EMA and schedule over flat buffers, metrics, grids, and checkpoints that survive a kill at any instant.
+
+A checkpoint is a folder `step-XXXXXXXX` with every array that the next step depends on (weights, moments, EMA) and a few counters. It is written
+aside, synced and renamed, so a folder of that name is complete. Random numbers are keyed by (seed, purpose, step), so they have no state to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from .. import config as configs
+
+Array = NDArray[Any]
+State = tuple[dict[str, Array], dict[str, Any]]  # arrays and counters
+
+# Keys of [run] that steer a run without changing what a step computes: they may differ when a run is resumed.
+CONTROL = ("steps", "max_minutes", "checkpoint_every", "sample_every", "keep")
+
+
+# ---- optimizer, EMA, schedule -----------------------------------------------------------------------------------------
+
+
+class AdamW:
+    """AdamW over several flat (values, gradients) buffers, with one clip of the norm over all of them."""
+
+    def __init__(self, buffers: Sequence[tuple[Array, Array]], config: configs.AdamWConfig, name: str) -> None:
+        self.buffers = list(buffers)
+        self.config = config
+        self.name = name
+        self.m = [np.zeros_like(p) for p, _ in self.buffers]
+        self.v = [np.zeros_like(p) for p, _ in self.buffers]
+        self.updates = 0
+
+    def update(self, scale: float = 1.0) -> float:
+        """One update from the accumulated gradients, which it clears; `scale` multiplies the rate. Returns the norm before clipping."""
+        norm = math.sqrt(sum(_core.sum_squares(g) for _, g in self.buffers))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient of {self.name} is {norm} at update {self.updates + 1}; nothing was updated")
+        c = self.config
+        clip = min(1.0, c.clip_norm / norm) if c.clip_norm and norm > 0 else 1.0
+        self.updates += 1
+        rate = c.rate(self.updates) * scale
+        for (p, g), m, v in zip(self.buffers, self.m, self.v, strict=True):
+            _core.adamw(p, m, v, g, rate, c.beta1, c.beta2, c.eps, c.weight_decay, self.updates, clip)
+            _core.zero(g)
+        return norm
+
+    def state(self) -> State:
+        arrays = {f"{kind}{i}": a for kind, group in (("m", self.m), ("v", self.v)) for i, a in enumerate(group)}
+        return arrays, {"updates": self.updates}
+
+    def load_state(self, arrays: Mapping[str, Array], counters: Mapping[str, Any]) -> None:
+        for kind, group in (("m", self.m), ("v", self.v)):
+            for i, a in enumerate(group):
+                a[:] = arrays[f"{kind}{i}"]
+        self.updates = int(counters["updates"])
+
+
+class EMA:
+    """Exponential moving average of flat buffers. Early on the average is over what there is: decay = min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, buffers: Sequence[Array], decay: float) -> None:
+        self.buffers = list(buffers)
+        self.decay = decay
+        self.values = [p.copy() for p in self.buffers]
+        self.updates = 0
+
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for e, p in zip(self.values, self.buffers, strict=True):
+            _core.ema(e, p, decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the models hold the averaged weights."""
+        kept = [p.copy() for p in self.buffers]
+        try:
+            for p, e in zip(self.buffers, self.values, strict=True):
+                p[:] = e
+            yield
+        finally:
+            for p, k in zip(self.buffers, kept, strict=True):
+                p[:] = k
+
+    def state(self) -> State:
+        return {f"ema{i}": e for i, e in enumerate(self.values)}, {"updates": self.updates}
+
+    def load_state(self, arrays: Mapping[str, Array], counters: Mapping[str, Any]) -> None:
+        for i, e in enumerate(self.values):
+            e[:] = arrays[f"ema{i}"]
+        self.updates = int(counters["updates"])
+
+
+def cosine_tail(step: int, steps: int, tail: float) -> float:
+    """Factor of the learning rate: 1, then a half cosine down to 0 over the last `tail` (a share) of the steps."""
+    start = steps * (1 - tail)
+    return 1.0 if step <= start or tail == 0 else 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / (steps - start))))
+
+
+def join_states(**parts: State) -> State:
+    """One state from named ones: keys become "part.key"."""
+    arrays = {f"{part}.{key}": a for part, (group, _) in parts.items() for key, a in group.items()}
+    return arrays, {part: counters for part, (_, counters) in parts.items()}
+
+
+def part_of(state: State, part: str) -> State:
+    """The inverse of join_states for one part."""
+    arrays, counters = state
+    prefix = part + "."
+    return {k[len(prefix) :]: a for k, a in arrays.items() if k.startswith(prefix)}, counters[part]
+
+
+def check_state(given: State, expected: State, what: str) -> None:
+    """Raises unless the arrays of a stored state have the names, shapes and dtypes of the object that is to take them."""
+    have, want = given[0], expected[0]
+    for name in sorted(want.keys() - have.keys()) + sorted(have.keys() - want.keys()):
+        raise ValueError(f"{what}: array {name!r} is {'missing' if name in want else 'not known to this configuration'}")
+    for name, a in want.items():
+        if have[name].shape != a.shape or have[name].dtype != a.dtype:
+            raise ValueError(
+                f"{what}: {name!r} must be {a.dtype}{list(a.shape)}, got {have[name].dtype}{list(have[name].shape)}: another model was saved here"
+            )
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; on success it is synced and takes the name, else it is removed. Whoever sees `path` sees all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = path.parent / f".{path.name}.tmp", path.parent / f".{path.name}.old"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            fsync_path(file)
+        fsync_path(temporary)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        os.rename(temporary, path)
+        fsync_path(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file by a complete new one, or leaves it alone."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def sha256(*arrays: Array) -> str:
+    """Hash of the bytes of arrays: the identity of weights in provenance and checks."""
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(memoryview(np.ascontiguousarray(a)).cast("B"))
+    return digest.hexdigest()
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_state(path: Path, state: State, **header: Any) -> None:
+    """A state as a folder: state.safetensors and state.json."""
+    from safetensors.numpy import save_file
+
+    arrays, counters = state
+    with atomic_folder(path) as folder:
+        save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, folder / "state.safetensors")
+        (folder / "state.json").write_text(json.dumps({**header, "counters": counters}, indent=1))
+
+
+def read_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """The state in a folder, and the header it was saved with."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    old = path.parent / f".{path.name}.old"
+    if old.exists() and not path.exists():  # killed between the two renames of atomic_folder
+        os.rename(old, path)
+    try:
+        header = json.loads((path / "state.json").read_text())
+        arrays = load_file(path / "state.safetensors")
+        return (arrays, header.pop("counters")), header
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not a checkpoint: {error.filename} is missing") from None
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
+
+
+def save_grid(path: Path, images: Array, columns: int) -> None:
+    """Pictures [n,3,H,W] in [-1, 1] as one PNG, row by row."""
+    import io
+
+    from PIL import Image
+
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    pixels = np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    for i, picture in enumerate(pixels):
+        y, x = i // columns * height, i % columns * width
+        sheet[y : y + height, x : x + width] = picture
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Trainer(Protocol):
+    """What a run saves and restores."""
+
+    def state(self) -> State: ...
+    def load_state(self, state: State) -> None: ...
+
+
+def sections(config: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Each section of a configuration as an object of its dataclass; missing sections take their defaults, unknown ones are errors."""
+    configs.check_keys("configuration", config, kinds)
+    out = {}
+    for name, kind in kinds.items():
+        value = config.get(name, {})
+        out[name] = value if isinstance(value, kind) else configs.from_dict(kind, value, f"[{name}]")
+    return out
+
+
+class Run:
+    """One training run in a folder: which step is next, metrics.jsonl, checkpoints, the progress bar and the time budget.
+
+    With max_minutes the number of steps is planned once, from the time of the first steps; the plan is part of the checkpoint, so that a resumed
+    run follows the same schedule as an uninterrupted one (a changed max_minutes makes a new plan).
+    """
+
+    PROBE = 12  # steps that are timed before the plan is made; the first two are not counted
+
+    def __init__(self, out: str | Path, config: Mapping[str, Any], settings: Any, *, resume: bool, shown: Sequence[str]) -> None:
+        self.out = Path(out)
+        self.settings = settings
+        self.shown = tuple(shown)
+        self.steps: int = settings.steps
+        self.first = 1
+        self.config = {k: configs.to_dict(v) if not isinstance(v, dict) else v for k, v in config.items()}
+        fixed = {k: {n: x for n, x in v.items() if n not in CONTROL} for k, v in self.config.items()}
+        self.hash = config_hash(fixed)
+        self._fixed = fixed
+        self._resume = resume
+        self._planned = not settings.max_minutes
+        found = checkpoints(self.out)
+        if found and not resume:
+            raise FileExistsError(f"{self.out} already holds a run (up to {found[-1].name}); resume it, or choose another folder")
+        self._from = found[-1] if found else None
+
+    def restore(self, trainer: Trainer) -> None:
+        """Continues from the last complete checkpoint, if there is one, and opens the metrics."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for stale in [*self.out.glob(".step-*.tmp"), *self.out.glob(".step-*.old")]:
+            shutil.rmtree(stale, ignore_errors=True)
+        if self._from is not None:
+            state, header = read_state(self._from)
+            self._same_config(header["config"])
+            check_state(state, trainer.state(), str(self._from))
+            trainer.load_state(state)
+            self.first = header["step"] + 1
+            if header["max_minutes"] == self.settings.max_minutes and not self._planned:
+                self.steps, self._planned = min(self.steps, header["steps"]), True
+        else:
+            write_atomic(self.out / "config.json", json.dumps({"hash": self.hash, **self.config}, indent=1).encode())
+        self._open_metrics()
+
+    def _same_config(self, saved: Mapping[str, Any]) -> None:
+        changed = [
+            f"{section}.{key}: {saved.get(section, {}).get(key)!r} -> {value!r}"
+            for section, table in self._fixed.items()
+            for key, value in table.items()
+            if json.loads(json.dumps(value)) != saved.get(section, {}).get(key)
+        ]
+        if changed:
+            raise ValueError(f"{self._from} was made with other settings ({'; '.join(changed)}); only {', '.join(CONTROL)} may change on resume")
+
+    def _open_metrics(self) -> None:
+        """Drops what was logged after the checkpoint: those steps are made again."""
+        path = self.out / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] < self.first:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the line during which the run was killed
+        write_atomic(path, "".join(kept).encode())
+        self._metrics = open(path, "a", encoding="utf-8")
+
+    def __iter__(self) -> Iterator[int]:
+        """Step numbers, counted from 1; stops at the planned end."""
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=self.steps, initial=self.first - 1, desc=self.out.name, unit="step", disable=None)
+        self._began = self._last = time.perf_counter()
+        try:
+            step = self.first
+            while step <= self.steps:
+                yield step
+                self._plan(step)
+                self._bar.update()
+                step += 1
+        finally:
+            self._bar.close()
+            self._metrics.close()
+
+    def _plan(self, step: int) -> None:
+        done = step - self.first + 1
+        if done == 2:
+            self._probe = time.perf_counter()
+        if not self._planned and done == self.PROBE:
+            seconds = (time.perf_counter() - self._probe) / (done - 2)
+            left = self.settings.max_minutes * 60 - (time.perf_counter() - self._began)
+            self.steps = max(step, min(self.steps, step + int(left / seconds)))
+            self._planned = True
+            self._bar.total = self.steps
+            tqdm_write(f"{seconds:.3f} s a step: {self.steps} steps fit into {self.settings.max_minutes:g} minutes")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and the chosen ones beside the bar."""
+        now = time.perf_counter()
+        line = {"step": step, **metrics, "seconds": round(now - self._last, 4)}
+        self._last = now
+        self._metrics.write(json.dumps(line) + "\n")
+        if step % 20 == 0:
+            self._metrics.flush()
+        self._bar.set_postfix({k: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}, refresh=False)
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done `every` so many steps (0: never) is due, as it always is at the end."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
+    def checkpoint(self, step: int, trainer: Trainer) -> None:
+        """Saves when due, and removes all but the last ones."""
+        if not self.due(step, self.settings.checkpoint_every) or (not self._planned and step != self.steps):
+            return
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        header = dict(step=step, steps=self.steps, max_minutes=self.settings.max_minutes, config=self._fixed, hash=self.hash)
+        save_state(self.out / f"step-{step:08d}", trainer.state(), **header)
+        for old in checkpoints(self.out)[: -self.settings.keep]:
+            shutil.rmtree(old)
+
+
+def tqdm_write(text: str) -> None:
+    """A line on stderr that does not break the progress bar."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(text, file=sys.stderr)
