@@ -1,7 +1,8 @@
 """Compiles csrc/ into ladd._core and puts OpenBLAS beside it. Everything else is in pyproject.toml.
 
-Objects are kept in build/objects-*, one folder a compiler and set of flags, and are made anew when a file that they include changes (the compiler
-writes down which). CFLAGS and LDFLAGS of the environment come last, so they win; LADD_JOBS sets how many files are compiled at once.
+Objects are kept in build/objects-*, one folder a compiler and set of flags, and are made anew when a file that they include
+changes (the compiler writes down which). CFLAGS and LDFLAGS of the environment come last, so they win; LADD_JOBS sets how many
+files are compiled at once.
 """
 
 import hashlib
@@ -23,7 +24,17 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "libscipy_openblas.so"
 LICENCE = "libscipy_openblas.LICENSE.txt"
 CPU = ["threads", "gemm", "dispatch", "isa_plain", "isa_avx2", "isa_avx512"]  # the isa_*.c include the kernel files
-FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fPIC", "-pthread", "-Wall", "-Wextra"]
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+]
 
 
 def sources() -> list[str]:
@@ -66,7 +77,13 @@ class BuildCore(build_ext):
             objects = list(pool.map(lambda name: compile_one(command, name, folder), longest_first))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{scipy_openblas32.get_lib_dir()}", f"-l{scipy_openblas32.get_library()}", "-lm", "-pthread", "-Wl,-rpath,$ORIGIN"]
+        libraries = [
+            f"-L{scipy_openblas32.get_lib_dir()}",
+            f"-l{scipy_openblas32.get_library()}",
+            "-lm",
+            "-pthread",
+            "-Wl,-rpath,$ORIGIN",
+        ]
         run([*self.compiler.linker_so, *objects, "-o", str(target), *libraries, *shlex.split(os.environ.get("LDFLAGS", ""))])
 
 

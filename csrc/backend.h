@@ -25,6 +25,7 @@ typedef struct ladd_stream_grad {
 typedef struct ladd_conv {
     int B, Cin, H, W, Cout, kh, kw, stride, pad_top, pad_left, pad_bottom, pad_right;
     int Ho, Wo; /* (H + pad_top + pad_bottom - kh)/stride + 1, likewise */
+    int upsample; /* 1: x is enlarged by two (nearest neighbour) before a 3x3 kernel of stride 1 and padding 1; Ho = 2H, Wo = 2W */
 } ladd_conv;
 
 typedef enum { LADD_LOSS_HINGE = 0, LADD_LOSS_LOGISTIC, LADD_LOSS_LSGAN, LADD_LOSS_BCE } ladd_loss;

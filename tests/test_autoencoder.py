@@ -48,7 +48,7 @@ def test_forward_and_all_gradients(name: str, side: str) -> None:
     support.assert_close(out, wanted.data, support.FORWARD, side)
     wanted.backward(cotangent)
     found = saved.backward(cotangent)
-    floor = 1e-4 * max(np.abs(t.grad).max() for t in leaves.values() if t.grad is not None)
+    floor = 1e-3 * max(np.abs(t.grad).max() for t in leaves.values() if t.grad is not None)
     support.assert_close(found, leaf.grad, support.BACKWARD, "gradient of the input", floor)
     for key, value in model.gradients().items():
         reference = leaves[key].grad if leaves[key].grad is not None else np.zeros(leaves[key].shape)
@@ -71,7 +71,7 @@ def test_equals_diffusers(name: str) -> None:
     names = [str(n) for n in reference["parameter_names"]]
     prints = support.fingerprint(model.gradients())
     assert sorted(prints) == names
-    floor = 1e-4 * reference["parameter_prints"].max()
+    floor = 1e-3 * reference["parameter_prints"].max()
     for n, wanted in zip(names, reference["parameter_prints"], strict=True):
         support.assert_close(prints[n], wanted, support.BACKWARD, f"gradient of {n}", floor)
 

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {
     "sigma_only": (disc_config(condition_pooled=False, pooled_dim=0, width=6, num_groups=3), 3, (2, 4)),
     "pooled_only": (disc_config(condition_sigma=False, kernel_size=1, taps=(0, 1, 5)), 2, (3, 5)),
     "unconditional": (disc_config(condition_sigma=False, condition_pooled=False, width=5, num_groups=1), 2, (4, 4)),
-    "wide_condition": (disc_config(condition_dim=40, width=4, num_groups=2), 2, (1, 1)),
+    "wide_condition": (disc_config(condition_dim=40, num_groups=2), 2, (1, 1)),
     "plain": (disc_config(norm="none", spectral_norm=False, condition_sigma=False, condition_pooled=False), 1, (2, 2)),
 }
 

@@ -220,7 +220,7 @@ def test_targets_say_what_a_view_shows() -> None:
 def test_training_lowers_the_loss() -> None:
     records = openmoji.train_records()[:6]
     settings = {
-        "steps": 60,
+        "steps": 120,
         "batch": 16,
         "lr": 1e-2,
         "warmup_steps": 5,

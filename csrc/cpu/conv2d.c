@@ -23,14 +23,14 @@ enum { CONV_LANES = 4, CONV_NV = 2 };
 #endif
 enum {
     CONV_MR = 6,
-    CONV_TILE = 1024,   /* output pixels of a tile: patch and outputs stay in the level-2 cache */
-    CONV_COLUMNS = 512, /* widest tile */
-    CONV_CHUNK = 32,    /* input channels of one pass over a patch */
-    CONV_TASKS = 32,    /* wanted number of tasks */
+    CONV_TILE = 1024,       /* output pixels of a tile: patch and outputs stay in the level-2 cache */
+    CONV_COLUMNS = 512,     /* widest tile */
+    CONV_CHUNK = 32,        /* input channels of one pass over a patch */
+    CONV_TASKS = 32,        /* wanted number of tasks */
     CONV_PARTIALS = 1 << 22 /* most elements of all partial weight gradients together */
 };
-/* Scratch slots: the caller's shared block, and inside tasks the patch and the tile of y or dy. */
-enum { CONV_SHARED = 3, CONV_PATCH = 0, CONV_OUT = 1 };
+/* Scratch slots: the caller's shared block and folded weights; inside tasks the patch and the tile of y or dy. */
+enum { CONV_SHARED = 3, CONV_PATCH = 0, CONV_OUT = 1, CONV_FOLDED = 2 };
 
 typedef float conv_vec __attribute__((vector_size(4 * CONV_LANES)));
 typedef float conv_vec_any __attribute__((vector_size(4 * CONV_LANES), aligned(4), may_alias));
@@ -92,8 +92,8 @@ static inline __attribute__((always_inline)) conv_vec conv_lane_sums(conv_vec *v
             v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], conv_even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], conv_even + 1);
     return v[0];
 #else
-    return (conv_vec){(v[0][0] + v[0][1]) + (v[0][2] + v[0][3]), (v[1][0] + v[1][1]) + (v[1][2] + v[1][3]),
-                      (v[2][0] + v[2][1]) + (v[2][2] + v[2][3]), (v[3][0] + v[3][1]) + (v[3][2] + v[3][3])};
+    return (conv_vec){(v[0][0] + v[0][1]) + (v[0][2] + v[0][3]), (v[1][0] + v[1][1]) + (v[1][2] + v[1][3]), (v[2][0] + v[2][1]) + (v[2][2] + v[2][3]),
+                      (v[3][0] + v[3][1]) + (v[3][2] + v[3][3])};
 #endif
 }
 
@@ -122,12 +122,12 @@ static inline __attribute__((always_inline)) void conv_dot(const int MR, const i
 }
 
 /* One function for each size of tile, so that its accumulators are registers. */
-#define CONV_VARIANT(m, v)                                                                                                                   \
-    static void conv_tile_##m##_##v(float *y, ptrdiff_t ldy, const float *a, const float *patch, const int32_t *koff, int K, int add) {      \
-        conv_tile(m, v, y, ldy, a, patch, koff, K, add);                                                                                     \
-    }                                                                                                                                        \
-    static void conv_dot_##m##_##v(float *dw, ptrdiff_t ldw, const float *dy, const float *patch, const int32_t *koff, int64_t L) {          \
-        conv_dot(m, v, dw, ldw, dy, patch, koff, L);                                                                                         \
+#define CONV_VARIANT(m, v)                                                                                                              \
+    static void conv_tile_##m##_##v(float *y, ptrdiff_t ldy, const float *a, const float *patch, const int32_t *koff, int K, int add) { \
+        conv_tile(m, v, y, ldy, a, patch, koff, K, add);                                                                                \
+    }                                                                                                                                   \
+    static void conv_dot_##m##_##v(float *dw, ptrdiff_t ldw, const float *dy, const float *patch, const int32_t *koff, int64_t L) {     \
+        conv_dot(m, v, dw, ldw, dy, patch, koff, L);                                                                                    \
     }
 #if defined(__AVX512F__)
 #define CONV_ROW(X, m) X(m, 1) X(m, 2) X(m, 3) X(m, 4)
@@ -146,7 +146,8 @@ static void (*const conv_tiles[CONV_MR][CONV_NV])(float *, ptrdiff_t, const floa
     CONV_NAMES(conv_tile, 1), CONV_NAMES(conv_tile, 2), CONV_NAMES(conv_tile, 3),
     CONV_NAMES(conv_tile, 4), CONV_NAMES(conv_tile, 5), CONV_NAMES(conv_tile, 6)};
 static void (*const conv_dots[CONV_MR][CONV_NV])(float *, ptrdiff_t, const float *, const float *, const int32_t *, int64_t) = {
-    CONV_NAMES(conv_dot, 1), CONV_NAMES(conv_dot, 2), CONV_NAMES(conv_dot, 3), CONV_NAMES(conv_dot, 4), CONV_NAMES(conv_dot, 5), CONV_NAMES(conv_dot, 6)};
+    CONV_NAMES(conv_dot, 1), CONV_NAMES(conv_dot, 2), CONV_NAMES(conv_dot, 3),
+    CONV_NAMES(conv_dot, 4), CONV_NAMES(conv_dot, 5), CONV_NAMES(conv_dot, 6)};
 #undef CONV_VARIANT
 #undef CONV_ROW
 #undef CONV_NAMES
@@ -217,7 +218,9 @@ static void conv_fill(float *patch, const conv_window *s, int c0, int c1, int b0
                             for (int i = from; i < to; i++) out[i] = x[(ptrdiff_t)i * s->step];
                         for (int i = to; i < s->Wq; i++) out[i] = 0.0f;
                     }
-                out += (int64_t)(s->n - (b1 - b0)) * s->Hq * s->Wq;
+                int64_t absent = (int64_t)(s->n - (b1 - b0)) * s->Hq * s->Wq; /* the last group may hold fewer samples */
+                memset(out, 0, (size_t)absent * sizeof(float));
+                out += absent;
             }
     memset(out, 0, (size_t)(patch + s->patch - out) * sizeof(float));
 }
@@ -274,8 +277,9 @@ static void conv_forward_task(void *argument, int64_t task) {
             int vectors = (int)conv_min(CONV_NV, (L - at) / CONV_LANES);
             for (int p = p0; p < p1; p++) {
                 int m0 = conv_cut(j->M, j->panels, p), m1 = conv_cut(j->M, j->panels, p + 1);
-                conv_tiles[m1 - m0 - 1][vectors - 1](out + (m0 - first) * L + at, L, j->packed + (m0 * (int64_t)s->C + (m1 - m0) * (int64_t)ch0) * taps,
-                                                     patch + at, j->koff, (int)((ch1 - ch0) * taps), chunk > 0);
+                conv_tiles[m1 - m0 - 1][vectors - 1](out + (m0 - first) * L + at, L,
+                                                     j->packed + (m0 * (int64_t)s->C + (m1 - m0) * (int64_t)ch0) * taps, patch + at, j->koff,
+                                                     (int)((ch1 - ch0) * taps), chunk > 0);
             }
         }
     }
@@ -316,25 +320,47 @@ static ladd_status conv_run(conv_job *j) {
 static ladd_status conv_check(const ladd_conv *c) {
     if (c->B < 1 || c->Cin < 1 || c->H < 1 || c->W < 1 || c->Cout < 1 || c->kh < 1 || c->kw < 1 || c->stride < 1 || c->pad_top < 0 ||
         c->pad_left < 0 || c->pad_bottom < 0 || c->pad_right < 0)
-        return ladd_fail(LADD_ERR_VALUE, "convolution: positive sizes and stride expected, got B %d, Cin %d, H %d, W %d, Cout %d, kernel %d by %d, stride %d",
-                         c->B, c->Cin, c->H, c->W, c->Cout, c->kh, c->kw, c->stride);
-    int64_t room_h = (int64_t)c->H + c->pad_top + c->pad_bottom - c->kh, room_w = (int64_t)c->W + c->pad_left + c->pad_right - c->kw;
+        return ladd_fail(LADD_ERR_VALUE,
+                         "convolution: positive sizes and stride expected, got B %d, Cin %d, H %d, W %d, Cout %d, kernel %d by %d, stride %d", c->B,
+                         c->Cin, c->H, c->W, c->Cout, c->kh, c->kw, c->stride);
+    if (c->upsample && (c->kh != 3 || c->kw != 3 || c->stride != 1 || c->pad_top != 1 || c->pad_left != 1 || c->pad_bottom != 1 || c->pad_right != 1))
+        return ladd_fail(LADD_ERR_VALUE, "convolution: a 3 by 3 kernel of stride 1 and padding 1 expected after upsampling, got %d by %d, stride %d", c->kh,
+                         c->kw, c->stride);
+    int64_t scale = c->upsample ? 2 : 1;
+    int64_t room_h = scale * c->H + c->pad_top + c->pad_bottom - c->kh, room_w = scale * c->W + c->pad_left + c->pad_right - c->kw;
     if (room_h < 0 || room_w < 0 || c->Ho != room_h / c->stride + 1 || c->Wo != room_w / c->stride + 1)
-        return ladd_fail(LADD_ERR_VALUE, "convolution: a kernel of %d by %d with stride %d cannot turn a padded %lld by %lld image into %d by %d", c->kh,
-                         c->kw, c->stride, (long long)(room_h + c->kh), (long long)(room_w + c->kw), c->Ho, c->Wo);
+        return ladd_fail(LADD_ERR_VALUE, "convolution: a kernel of %d by %d with stride %d cannot turn a padded %lld by %lld image into %d by %d",
+                         c->kh, c->kw, c->stride, (long long)(room_h + c->kh), (long long)(room_w + c->kw), c->Ho, c->Wo);
     if ((int64_t)c->kh * c->kw > 1 << 12)
         return ladd_fail(LADD_ERR_VALUE, "convolution: a kernel of at most 4096 taps expected, got %d by %d", c->kh, c->kw);
     return LADD_OK;
 }
 
-ladd_status LADD_CPU(conv2d_forward)(LADD_CTX, ladd_act *y, const ladd_act *x, const ladd_act *w, const ladd_act *bias, const ladd_conv *conv) {
-    (void)ctx;
-    LADD_TRY(conv_check(conv));
+static ladd_status conv_forward(float *y, const float *x, const float *w, const float *bias, const ladd_conv *conv) {
     int taps = conv->kh * conv->kw;
-    conv_job j = {.y = y, .bias = bias, .M = conv->Cout, .YH = conv->Ho, .YW = conv->Wo, .y_step = 1,
-                  .w = w, .wm = (ptrdiff_t)conv->Cin * taps, .wc = taps, .wi = conv->kw, .wj = 1};
-    j.s = (conv_window){.x = x, .B = conv->B, .C = conv->Cin, .H = conv->H, .W = conv->W, .kh = conv->kh, .kw = conv->kw, .step = conv->stride,
-                        .r0 = -conv->pad_top, .c0 = -conv->pad_left, .gh = conv->Ho, .gw = conv->Wo};
+    conv_job j = {.y = y,
+                  .bias = bias,
+                  .M = conv->Cout,
+                  .YH = conv->Ho,
+                  .YW = conv->Wo,
+                  .y_step = 1,
+                  .w = w,
+                  .wm = (ptrdiff_t)conv->Cin * taps,
+                  .wc = taps,
+                  .wi = conv->kw,
+                  .wj = 1};
+    j.s = (conv_window){.x = x,
+                        .B = conv->B,
+                        .C = conv->Cin,
+                        .H = conv->H,
+                        .W = conv->W,
+                        .kh = conv->kh,
+                        .kw = conv->kw,
+                        .step = conv->stride,
+                        .r0 = -conv->pad_top,
+                        .c0 = -conv->pad_left,
+                        .gh = conv->Ho,
+                        .gw = conv->Wo};
     return conv_run(&j);
 }
 
@@ -360,11 +386,30 @@ static ladd_status conv_backward_input(float *dx, const float *dy, const float *
         for (int pc = 0; pc < s; pc++) {
             conv_axis r = conv_phase(pr, conv->pad_top, conv->kh, s, conv->H), c = conv_phase(pc, conv->pad_left, conv->kw, s, conv->W);
             if (!r.taps || !c.taps) r = (conv_axis){.grid = r.grid}, c = (conv_axis){.grid = c.grid}; /* no tap reaches: zeros */
-            conv_job j = {.y = dx, .M = conv->Cin, .YH = conv->H, .YW = conv->W, .y_step = s, .y_r = pr, .y_c = pc,
+            conv_job j = {.y = dx,
+                          .M = conv->Cin,
+                          .YH = conv->H,
+                          .YW = conv->W,
+                          .y_step = s,
+                          .y_r = pr,
+                          .y_c = pc,
                           .w = r.taps ? w + (ptrdiff_t)r.last_tap * conv->kw + c.last_tap : w,
-                          .wm = taps, .wc = (ptrdiff_t)conv->Cin * taps, .wi = -(ptrdiff_t)s * conv->kw, .wj = -s};
-            j.s = (conv_window){.x = dy, .B = conv->B, .C = conv->Cout, .H = conv->Ho, .W = conv->Wo, .kh = r.taps, .kw = c.taps, .step = 1,
-                                .r0 = r.origin, .c0 = c.origin, .gh = r.grid, .gw = c.grid};
+                          .wm = taps,
+                          .wc = (ptrdiff_t)conv->Cin * taps,
+                          .wi = -(ptrdiff_t)s * conv->kw,
+                          .wj = -s};
+            j.s = (conv_window){.x = dy,
+                                .B = conv->B,
+                                .C = conv->Cout,
+                                .H = conv->Ho,
+                                .W = conv->Wo,
+                                .kh = r.taps,
+                                .kw = c.taps,
+                                .step = 1,
+                                .r0 = r.origin,
+                                .c0 = c.origin,
+                                .gh = r.grid,
+                                .gw = c.grid};
             LADD_TRY(conv_run(&j));
         }
     return LADD_OK;
@@ -447,8 +492,18 @@ static void conv_grad_reduce(void *argument, int64_t m) {
 static ladd_status conv_backward_weights(float *dw, float *dbias, const float *dy, const float *x, const ladd_conv *conv) {
     conv_grad_job j = {.dy = dy, .dw = dw, .dbias = dbias, .M = conv->Cout, .K = (int64_t)conv->Cin * conv->kh * conv->kw};
     conv_window *s = &j.s;
-    *s = (conv_window){.x = x, .B = conv->B, .C = conv->Cin, .H = conv->H, .W = conv->W, .kh = conv->kh, .kw = conv->kw, .step = conv->stride,
-                       .r0 = -conv->pad_top, .c0 = -conv->pad_left, .gh = conv->Ho, .gw = conv->Wo};
+    *s = (conv_window){.x = x,
+                       .B = conv->B,
+                       .C = conv->Cin,
+                       .H = conv->H,
+                       .W = conv->W,
+                       .kh = conv->kh,
+                       .kw = conv->kw,
+                       .step = conv->stride,
+                       .r0 = -conv->pad_top,
+                       .c0 = -conv->pad_left,
+                       .gh = conv->Ho,
+                       .gw = conv->Wo};
     conv_window_plan(s, 1);
     j.panels = (int)conv_ceil(j.M, CONV_MR);
     j.units = (int)conv_ceil(s->B, s->n) * s->tile_rows * s->tile_cols;
@@ -469,10 +524,96 @@ static ladd_status conv_backward_weights(float *dw, float *dbias, const float *d
     return LADD_OK;
 }
 
+/* ---- convolution of an image enlarged by two ------------------------------------------------------------------------------- */
+
+/* Rows 2r and 2r+1 of the enlarged image are row r of x, so the three taps of an axis meet only two rows of x, and output 2r+p is a kernel of two taps:
+ *     p = 0: w[0] on row r-1, w[1]+w[2] on row r        p = 1: w[0]+w[1] on row r, w[2] on row r+1
+ * that is 16 products for four outputs instead of 36, and the enlarged image is never made. conv_fold[p][a][k] = 1 where tap a of phase p holds w[k].
+ * Seen from x, row r reaches outputs 2r-1 .. 2r+2 through w[2], w[1]+w[2], w[0]+w[1], w[0]: the gradient of x is a convolution of dy with a kernel of
+ * four taps and stride 2, and the gradient of those four taps, folded back, is that of w. */
+static const float conv_fold[2][2][3] = {{{1, 0, 0}, {0, 1, 1}}, {{1, 1, 0}, {0, 0, 1}}};
+static const float conv_fold_back[4][3] = {{0, 0, 1}, {0, 1, 1}, {1, 1, 0}, {1, 0, 0}};
+
+static float conv_folded(const float *w, const float *row, const float *column) {
+    float sum = 0.0f;
+    for (int i = 0; i < 3; i++)
+        for (int j = 0; j < 3; j++) sum += row[i] * column[j] * w[3 * i + j];
+    return sum;
+}
+
+static ladd_status conv_upsample_forward(float *y, const float *x, const float *w, const float *bias, const ladd_conv *conv) {
+    int64_t pairs = (int64_t)conv->Cout * conv->Cin;
+    float *folded = ladd_scratch(CONV_FOLDED, (size_t)pairs * 4 * sizeof(float));
+    if (!folded) return conv_memory();
+    for (int pr = 0; pr < 2; pr++)
+        for (int pc = 0; pc < 2; pc++) {
+            for (int64_t i = 0; i < pairs; i++)
+                for (int t = 0; t < 4; t++) folded[4 * i + t] = conv_folded(w + 9 * i, conv_fold[pr][t / 2], conv_fold[pc][t % 2]);
+            conv_job j = {.y = y, .bias = bias, .M = conv->Cout, .YH = conv->Ho, .YW = conv->Wo, .y_step = 2, .y_r = pr, .y_c = pc};
+            j.w = folded, j.wm = 4 * (ptrdiff_t)conv->Cin, j.wc = 4, j.wi = 2, j.wj = 1;
+            j.s = (conv_window){.x = x, .B = conv->B, .C = conv->Cin, .H = conv->H, .W = conv->W, .kh = 2, .kw = 2, .step = 1};
+            j.s.r0 = pr - 1, j.s.c0 = pc - 1, j.s.gh = conv->H, j.s.gw = conv->W;
+            LADD_TRY(conv_run(&j));
+        }
+    return LADD_OK;
+}
+
+typedef struct conv_bias_job {
+    float *dbias;
+    const float *dy;
+    int B, C;
+    int64_t L;
+} conv_bias_job;
+
+static void conv_bias_task(void *argument, int64_t c) {
+    const conv_bias_job *j = argument;
+    for (int b = 0; b < j->B; b++) j->dbias[c] += ladd_sum(j->dy + (b * (int64_t)j->C + c) * j->L, j->L);
+}
+
+static ladd_status conv_upsample_backward(float *dx, float *dw, float *dbias, const float *dy, const float *x, const float *w, const ladd_conv *conv) {
+    int64_t pairs = (int64_t)conv->Cout * conv->Cin;
+    /* from dy to x: the transposed roles, so that channels of dy are inputs */
+    const ladd_conv back = {.B = conv->B, .Cin = conv->Cout, .H = conv->Ho, .W = conv->Wo, .Cout = conv->Cin, .kh = 4, .kw = 4, .stride = 2,
+                            .pad_top = 1, .pad_left = 1, .pad_bottom = 1, .pad_right = 1, .Ho = conv->H, .Wo = conv->W};
+    float *folded = ladd_scratch(CONV_FOLDED, (size_t)pairs * 16 * sizeof(float)); /* [Cin,Cout,4,4] */
+    if (!folded) return conv_memory();
+    if (dx) {
+        for (int64_t i = 0; i < pairs; i++) {
+            float *to = folded + 16 * (i % conv->Cin * conv->Cout + i / conv->Cin);
+            for (int t = 0; t < 16; t++) to[t] = conv_folded(w + 9 * i, conv_fold_back[t / 4], conv_fold_back[t % 4]);
+        }
+        LADD_TRY(conv_forward(dx, dy, folded, NULL, &back));
+    }
+    if (dw) {
+        memset(folded, 0, (size_t)pairs * 16 * sizeof(float));
+        LADD_TRY(conv_backward_weights(folded, NULL, x, dy, &back));
+        for (int64_t i = 0; i < pairs; i++) {
+            const float *from = folded + 16 * (i % conv->Cin * conv->Cout + i / conv->Cin);
+            for (int k = 0; k < 9; k++)
+                for (int r = 2 - k / 3; r < 4 - k / 3; r++)
+                    for (int c = 2 - k % 3; c < 4 - k % 3; c++) dw[9 * i + k] += from[4 * r + c];
+        }
+    }
+    if (dbias) {
+        conv_bias_job j = {.dbias = dbias, .dy = dy, .B = conv->B, .C = conv->Cout, .L = (int64_t)conv->Ho * conv->Wo};
+        ladd_parallel(conv->Cout, conv_bias_task, &j);
+    }
+    return LADD_OK;
+}
+
+/* ---- the table's rows ------------------------------------------------------------------------------------------------------ */
+
+ladd_status LADD_CPU(conv2d_forward)(LADD_CTX, ladd_act *y, const ladd_act *x, const ladd_act *w, const ladd_act *bias, const ladd_conv *conv) {
+    (void)ctx;
+    LADD_TRY(conv_check(conv));
+    return conv->upsample ? conv_upsample_forward(y, x, w, bias, conv) : conv_forward(y, x, w, bias, conv);
+}
+
 ladd_status LADD_CPU(conv2d_backward)(LADD_CTX, ladd_act *dx, float *dw, float *dbias, const ladd_act *dy, const ladd_act *x, const ladd_act *w,
                                       const ladd_conv *conv) {
     (void)ctx;
     LADD_TRY(conv_check(conv));
+    if (conv->upsample) return conv_upsample_backward(dx, dw, dbias, dy, x, w, conv);
     if (dx) LADD_TRY(conv_backward_input(dx, dy, w, conv));
     return dw || dbias ? conv_backward_weights(dw, dbias, dy, x, conv) : LADD_OK;
 }

@@ -4,38 +4,28 @@
 
 #include <math.h>
 
-enum { GROUP_LANES = 16, GROUP_BLOCK = 4096, GROUP_SHARED = 3 };
+enum { GROUP_BLOCK = 4096, GROUP_SHARED = 3 };
 
-static inline double group_lane_total(const float *lane) {
-    float t[GROUP_LANES];
-    for (int i = 0; i < GROUP_LANES; i++) t[i] = lane[i];
-    for (int width = GROUP_LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) t[i] += t[i + width];
-    return t[0];
-}
+static inline int64_t group_block(int64_t n, int64_t at) { return n - at < GROUP_BLOCK ? n - at : GROUP_BLOCK; }
 
 static double group_sum(const float *x, int64_t n) {
     double total = 0.0;
-    for (int64_t at = 0; at < n; at += GROUP_BLOCK) {
-        int64_t end = at + GROUP_BLOCK < n ? at + GROUP_BLOCK : n, i = at;
-        float lane[GROUP_LANES] = {0};
-        for (; i + GROUP_LANES <= end; i += GROUP_LANES)
-            for (int k = 0; k < GROUP_LANES; k++) lane[k] += x[i + k];
-        for (int k = 0; i < end; i++, k++) lane[k] += x[i];
-        total += group_lane_total(lane);
-    }
+    for (int64_t at = 0; at < n; at += GROUP_BLOCK) total += ladd_sum(x + at, group_block(n, at));
     return total;
 }
 
 static double group_sum_squares(const float *x, float mean, int64_t n) {
     double total = 0.0;
     for (int64_t at = 0; at < n; at += GROUP_BLOCK) {
-        int64_t end = at + GROUP_BLOCK < n ? at + GROUP_BLOCK : n, i = at;
-        float lane[GROUP_LANES] = {0};
-        for (; i + GROUP_LANES <= end; i += GROUP_LANES)
-            for (int k = 0; k < GROUP_LANES; k++) lane[k] += (x[i + k] - mean) * (x[i + k] - mean);
-        for (int k = 0; i < end; i++, k++) lane[k] += (x[i] - mean) * (x[i] - mean);
-        total += group_lane_total(lane);
+        const float *p = x + at;
+        int64_t count = group_block(n, at), i = 0;
+        ladd_v16 lanes = {0};
+        for (; i + 16 <= count; i += 16) {
+            ladd_v16 d = LADD_V16(p + i) - mean;
+            lanes += d * d;
+        }
+        for (int k = 0; i < count; i++, k++) lanes[k] += (p[i] - mean) * (p[i] - mean);
+        total += ladd_fold16(&lanes);
     }
     return total;
 }
@@ -69,11 +59,12 @@ static void group_forward_task(void *argument, int64_t bg) {
     }
 }
 
-ladd_status LADD_CPU(group_norm_forward)(LADD_CTX, ladd_act *y, float *mean, float *rstd, const ladd_act *x, const ladd_act *gamma, const ladd_act *beta,
-                                         int B, int C, int L, int G, float eps, int silu) {
+ladd_status LADD_CPU(group_norm_forward)(LADD_CTX, ladd_act *y, float *mean, float *rstd, const ladd_act *x, const ladd_act *gamma,
+                                         const ladd_act *beta, int B, int C, int L, int G, float eps, int silu) {
     (void)ctx;
     if (G < 1 || C % G) return ladd_fail(LADD_ERR_VALUE, "group norm: a number of channels divisible by its %d groups expected, got %d", G, C);
-    group_job j = {.y = y, .mean = mean, .rstd = rstd, .x = x, .gamma = gamma, .beta = beta, .B = B, .C = C, .L = L, .G = G, .silu = silu, .eps = eps};
+    group_job j = {
+        .y = y, .mean = mean, .rstd = rstd, .x = x, .gamma = gamma, .beta = beta, .B = B, .C = C, .L = L, .G = G, .silu = silu, .eps = eps};
     ladd_parallel((int64_t)B * G, group_forward_task, &j);
     return LADD_OK;
 }
@@ -82,30 +73,25 @@ ladd_status LADD_CPU(group_norm_forward)(LADD_CTX, ladd_act *y, float *mean, flo
 static void group_channel_backward(float *dx, float *sums, const float *dy, const float *x, float mean, float rstd, float gamma, float beta, int L,
                                    int silu) {
     double total = 0.0, total_x = 0.0;
-    for (int at = 0; at < L; at += GROUP_BLOCK) {
-        int end = L - at > GROUP_BLOCK ? at + GROUP_BLOCK : L, i = at;
-        float lane[GROUP_LANES] = {0}, lane_x[GROUP_LANES] = {0};
+    for (int64_t at = 0; at < L; at += GROUP_BLOCK) {
+        int64_t count = group_block(L, at), i = 0;
+        float *d = dx + at;
+        const float *p = x + at, *g = dy + at;
         if (silu)
-            for (i = at; i < end; i++) {
-                float v = (x[i] - mean) * rstd * gamma + beta, s = 1.0f / (1.0f + ladd_expf(-v));
-                dx[i] = dy[i] * s * (1.0f + v * (1.0f - s));
+            for (int64_t k = 0; k < count; k++) {
+                float v = (p[k] - mean) * rstd * gamma + beta, s = 1.0f / (1.0f + ladd_expf(-v));
+                d[k] = g[k] * s * (1.0f + v * (1.0f - s));
             }
         else
-            for (i = at; i < end; i++) dx[i] = dy[i];
-        for (i = at; i + GROUP_LANES <= end; i += GROUP_LANES)
-            for (int k = 0; k < GROUP_LANES; k++) {
-                lane[k] += dx[i + k];
-                lane_x[k] += dx[i + k] * ((x[i + k] - mean) * rstd);
-            }
-        for (int k = 0; i < end; i++, k++) {
-            lane[k] += dx[i];
-            lane_x[k] += dx[i] * ((x[i] - mean) * rstd);
-        }
-        total += group_lane_total(lane);
-        total_x += group_lane_total(lane_x);
+            for (int64_t k = 0; k < count; k++) d[k] = g[k];
+        ladd_v16 lanes = {0};
+        for (; i + 16 <= count; i += 16) lanes += LADD_V16(d + i) * (LADD_V16(p + i) - mean);
+        for (int k = 0; i < count; i++, k++) lanes[k] += d[i] * (p[i] - mean);
+        total += ladd_sum(d, count);
+        total_x += ladd_fold16(&lanes);
     }
     sums[0] = (float)total;
-    sums[1] = (float)total_x;
+    sums[1] = (float)(total_x * (double)rstd);
 }
 
 /* With h = (x - mean) rstd, v = h gamma + beta: dx = rstd (gamma dv - mean(gamma dv) - h mean(gamma dv h)), means over the group. */
@@ -118,7 +104,8 @@ static void group_backward_task(void *argument, int64_t bg) {
     double mean_dv = 0.0, mean_dv_h = 0.0;
     for (int c = 0; c < per_group; c++) {
         float gamma = j->gamma[c0 + c];
-        group_channel_backward(dx + (int64_t)c * L, sums + 2 * c, dy + (int64_t)c * L, x + (int64_t)c * L, mean, rstd, gamma, j->beta[c0 + c], L, j->silu);
+        group_channel_backward(dx + (int64_t)c * L, sums + 2 * c, dy + (int64_t)c * L, x + (int64_t)c * L, mean, rstd, gamma, j->beta[c0 + c], L,
+                               j->silu);
         mean_dv += (double)gamma * sums[2 * c];
         mean_dv_h += (double)gamma * sums[2 * c + 1];
     }
@@ -129,14 +116,26 @@ static void group_backward_task(void *argument, int64_t bg) {
     }
 }
 
-ladd_status LADD_CPU(group_norm_backward)(LADD_CTX, ladd_act *dx, float *dgamma, float *dbeta, const ladd_act *dy, const ladd_act *x, const float *mean,
-                                          const float *rstd, const ladd_act *gamma, const ladd_act *beta, int B, int C, int L, int G, int silu) {
+ladd_status LADD_CPU(group_norm_backward)(LADD_CTX, ladd_act *dx, float *dgamma, float *dbeta, const ladd_act *dy, const ladd_act *x,
+                                          const float *mean, const float *rstd, const ladd_act *gamma, const ladd_act *beta, int B, int C, int L,
+                                          int G, int silu) {
     (void)ctx;
     if (G < 1 || C % G) return ladd_fail(LADD_ERR_VALUE, "group norm: a number of channels divisible by its %d groups expected, got %d", G, C);
     float *sums = ladd_scratch(GROUP_SHARED, (size_t)B * (size_t)C * 2 * sizeof(float));
     if (!sums) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the sums of a group norm over %d samples and %d channels", B, C);
-    group_job j = {.dx = dx, .sums = sums, .x = x, .dy = dy, .mean = (float *)(uintptr_t)mean, .rstd = (float *)(uintptr_t)rstd,
-                   .gamma = gamma, .beta = beta, .B = B, .C = C, .L = L, .G = G, .silu = silu};
+    group_job j = {.dx = dx,
+                   .sums = sums,
+                   .x = x,
+                   .dy = dy,
+                   .mean = (float *)(uintptr_t)mean,
+                   .rstd = (float *)(uintptr_t)rstd,
+                   .gamma = gamma,
+                   .beta = beta,
+                   .B = B,
+                   .C = C,
+                   .L = L,
+                   .G = G,
+                   .silu = silu};
     ladd_parallel((int64_t)B * G, group_backward_task, &j);
     for (int b = 0; b < B; b++)
         for (int c = 0; c < C; c++) {

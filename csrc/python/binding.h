@@ -38,6 +38,9 @@ int core_add_disc(PyObject *module, core_state *state);
 /* The state of the module that `type` (or a base of it) belongs to. */
 core_state *core_state_of(PyTypeObject *type);
 
+/* A row of a method table for a function that takes positional and keyword arguments. */
+#define CORE_METHOD(name, function, doc) {name, (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS, doc}
+
 /* ---- calls into the core --------------------------------------------------------------------------------------------- */
 
 typedef struct core_call {

@@ -292,7 +292,7 @@ Py_ssize_t core_int_list(PyObject *object, const char *name, int *out, Py_ssize_
 int core_config_begin(core_config *config, const char *model, PyObject *mapping) {
     config->model = model;
     config->dict = NULL;
-    if (!PyMapping_Check(mapping) || PyUnicode_Check(mapping) || PySequence_Check(mapping) > PyDict_Check(mapping)) {
+    if (!PyMapping_Check(mapping) || !PyObject_HasAttrString(mapping, "keys")) {
         PyErr_Format(PyExc_TypeError, "%s: expected a mapping of settings, got %.100s", model, Py_TYPE(mapping)->tp_name);
         return -1;
     }

@@ -256,6 +256,12 @@ def spectral_norm_forward(w: Array, u: Array, iterations: int = 1) -> tuple[Arra
     """w[R,K], u[R] (updated in place by the power iterations) -> w / sigma, v[K], sigma."""
 
 def spectral_norm_backward(dw_hat: Array, w_hat: Array, u: Array, v: Array, sigma: float) -> Array: ...
+def channel_dot_forward(x: Array, e: Array, bias: Array, *, out: Array | None = None) -> Array:
+    """x[B,C,L], e[B,C], bias[1] -> y[B,L] = sum of e x over the channels, plus bias."""
+
+def channel_dot_backward(dy: Array, x: Array, e: Array) -> tuple[Array, Array, Array]:
+    """-> dx, de, dbias."""
+
 def transpose(x: Array, *, out: Array | None = None) -> Array:
     """x[B,R,Q] -> [B,Q,R]."""
 

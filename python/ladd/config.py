@@ -1,7 +1,7 @@
 """Configurations: dataclasses that check themselves, and their TOML and JSON files.
 
-A wrong value says its name, what is allowed and what was given. An unknown key is an error that names the nearest known one: a key without
-effect is the silent bug of most trainers.
+A wrong value says its name, what is allowed and what was given. An unknown key is an error that names the nearest known one: a
+key without effect is the silent bug of most trainers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 LOSSES = ("hinge", "logistic", "lsgan", "bce")
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------------------------
 
 
 def _fail(owner: object, name: str, allowed: str, given: object) -> typing.NoReturn:
@@ -37,7 +37,9 @@ def _int(owner: object, name: str, low: int, high: int = 2**31 - 1) -> None:
         _fail(owner, name, f"at least {low}" if high == 2**31 - 1 else f"in [{low}, {high}]", value)
 
 
-def _float(owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> None:
+def _float(
+    owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> None:
     value = getattr(owner, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{type(owner).__name__}.{name} must be a number, got {type(value).__name__} {value!r}")
@@ -93,7 +95,7 @@ def _times(owner: object, times: str, probabilities: str) -> None:
         _fail(owner, probabilities, "numbers in [0, 1] whose sum is 1", p)
 
 
-# ---- from and to plain dictionaries ---------------------------------------------------------------------------------------------------
+# ---- from and to plain dictionaries -------------------------------------------------------------------------------
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> ValueError:
@@ -113,7 +115,7 @@ def check_keys(where: str, table: Mapping[str, object], known: Iterable[str]) ->
 
 
 def from_dict(cls: type[T], table: Mapping[str, Any], where: str | None = None) -> T:
-    """The dataclass `cls` from a plain table; nested dataclasses from nested tables; unknown keys are errors, missing ones take their defaults."""
+    """The dataclass `cls` from a plain table, nested ones from nested tables. Unknown keys are errors, missing ones take their defaults."""
     where = where or cls.__name__
     if not isinstance(table, Mapping):
         raise TypeError(f"{where} must be a table of keys and values, got {type(table).__name__}")
@@ -174,7 +176,7 @@ class _ModelConfig:
 
     @classmethod
     def from_dict(cls: type[T], table: Mapping[str, Any], where: str | None = None) -> T:
-        """From a config.json's table. Keys that start with `_` (the class name, the version) are not settings and are passed over."""
+        """From a config.json's table. Keys that start with `_` (class name, version) are not settings and are passed over."""
         if not isinstance(table, Mapping):
             raise TypeError(f"{where or cls.__name__} must be a table of keys and values, got {type(table).__name__}")
         return from_dict(cls, {k: v for k, v in table.items() if not str(k).startswith("_")}, where)
@@ -183,7 +185,7 @@ class _ModelConfig:
         return to_dict(self)
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------------------------
+# ---- models -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,17 +214,31 @@ class MMDiTConfig(_ModelConfig):
         if self.out_channels is None:  # diffusers: null means "as many as come in"
             object.__setattr__(self, "out_channels", self.in_channels)
         _int(self, "out_channels", 1, 1 << 16)
-        object.__setattr__(self, "dual_attention_layers", () if self.dual_attention_layers is None else self.dual_attention_layers)
+        object.__setattr__(
+            self, "dual_attention_layers", () if self.dual_attention_layers is None else self.dual_attention_layers
+        )
         _int_tuple(self, "dual_attention_layers", 0)
         layers = tuple(sorted(set(self.dual_attention_layers)))
         if layers and layers[-1] >= self.num_layers:
-            _fail(self, "dual_attention_layers", f"block indices below num_layers = {self.num_layers}", self.dual_attention_layers)
+            _fail(
+                self, "dual_attention_layers", f"block indices below num_layers = {self.num_layers}", self.dual_attention_layers
+            )
         object.__setattr__(self, "dual_attention_layers", layers)
         _choice(self, "qk_norm", (None, "rms_norm"))
         if self.caption_projection_dim != self.inner_dim:
-            _fail(self, "caption_projection_dim", f"num_attention_heads * attention_head_dim = {self.inner_dim}", self.caption_projection_dim)
+            _fail(
+                self,
+                "caption_projection_dim",
+                f"num_attention_heads * attention_head_dim = {self.inner_dim}",
+                self.caption_projection_dim,
+            )
         if self.inner_dim % 4:
-            _fail(self, "attention_head_dim", "such that num_attention_heads * attention_head_dim is a multiple of 4", self.attention_head_dim)
+            _fail(
+                self,
+                "attention_head_dim",
+                "such that num_attention_heads * attention_head_dim is a multiple of 4",
+                self.attention_head_dim,
+            )
         if self.sample_size < self.patch_size:
             _fail(self, "sample_size", f"at least patch_size = {self.patch_size}", self.sample_size)
 
@@ -264,7 +280,9 @@ class AutoencoderKLConfig(_ModelConfig):
             _fail(self, "block_out_channels", "1 to 8 widths", self.block_out_channels)
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                _fail(self, "block_out_channels", f"multiples of norm_num_groups = {self.norm_num_groups}", self.block_out_channels)
+                _fail(
+                    self, "block_out_channels", f"multiples of norm_num_groups = {self.norm_num_groups}", self.block_out_channels
+                )
         for name, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             given = tuple(getattr(self, name))
             # The default names one level; with more levels it stands for as many blocks of the same kind.
@@ -325,7 +343,7 @@ class DiscriminatorConfig(_ModelConfig):
         _int(self, "condition_dim", 1, 1 << 16)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +374,7 @@ class AdamWConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LADDConfig:
-    """The distillation step. The paper fixes the loss, the student's times and the form of t_hat's distribution; the rest is a choice."""
+    """The distillation step. The paper fixes the loss, the student's times and the form of t_hat's distribution; the rest is chosen."""
 
     seed: int = 0
     loss: str = "hinge"
@@ -383,6 +401,9 @@ class LADDConfig:
     r1_epsilon: float = 1e-2  # step of its finite difference, relative to the size of the features
     misaligned_weight: float = 0.0  # real pictures with another picture's text, judged as fakes
     distillation_weight: float = 0.0  # distance of the student's x0 to the teacher's x0 from the renoised student
+    pair_weight: float = (
+        0.0  # distance of the student's x0 from full noise to the picture that the teacher made of the same noise
+    )
     micro_batch: int = 0  # pictures that pass through the models at once; 0: the whole batch
 
     def __post_init__(self) -> None:
@@ -405,10 +426,11 @@ class LADDConfig:
         _float(self, "r1_epsilon", 0.0, open_low=True)
         _float(self, "misaligned_weight", 0.0)
         _float(self, "distillation_weight", 0.0)
+        _float(self, "pair_weight", 0.0)
         _int(self, "micro_batch", 0)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------------------------
 
 
 def load_json(path: str | Path) -> dict[str, Any]:
@@ -426,8 +448,8 @@ def load_json(path: str | Path) -> dict[str, Any]:
 def load_toml(path: str | Path, overrides: Iterable[str] = (), sections: Mapping[str, type] | None = None) -> dict[str, Any]:
     """A TOML file's tables, changed by `overrides` such as "train.steps=100" (the value is TOML; a bare word is a string).
 
-    With `sections`, exactly those top-level tables are allowed and each becomes an object of the given dataclass (`dict` leaves it a table);
-    a section that is absent from the file is absent from the result.
+    With `sections`, exactly those top-level tables are allowed and each becomes an object of the given dataclass (`dict` leaves it
+    a table); a section that is absent from the file is absent from the result.
     """
     path = Path(path)
     try:
@@ -439,7 +461,9 @@ def load_toml(path: str | Path, overrides: Iterable[str] = (), sections: Mapping
     if sections is None:
         return table
     check_keys(str(path), table, sections)
-    return {name: value if sections[name] is dict else from_dict(sections[name], value, f"[{name}]") for name, value in table.items()}
+    return {
+        name: value if sections[name] is dict else from_dict(sections[name], value, f"[{name}]") for name, value in table.items()
+    }
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

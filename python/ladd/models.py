@@ -32,7 +32,9 @@ class _Model(Generic[C]):
     _config_class: ClassVar[type]
     _class_name: ClassVar[str]
 
-    def __init__(self, config: C | Mapping[str, Any], *, device: str = "cpu", dtype: str = "float32", seed: int | None = 0) -> None:
+    def __init__(
+        self, config: C | Mapping[str, Any], *, device: str = "cpu", dtype: str = "float32", seed: int | None = 0
+    ) -> None:
         if device != "cpu":
             raise ValueError(f"device must be 'cpu' (this build has no other), got {device!r}")
         if dtype != "float32":
@@ -70,7 +72,12 @@ class _Model(Generic[C]):
         """
         tensors = self._core.tensors()
         given = {n: v if isinstance(v, TensorRef) else as_float32(v, n) for n, v in state.items() if strict or n in tensors}
-        check_names({n: t.shape for n, t in tensors.items()}, {n: v.shape for n, v in given.items()}, f"this {type(self).__name__}", strict)
+        check_names(
+            {n: t.shape for n, t in tensors.items()},
+            {n: v.shape for n, v in given.items()},
+            f"this {type(self).__name__}",
+            strict,
+        )
         arrays = {n: _finite_weights(n, v) for n, v in given.items()}
         for name, array in arrays.items():
             tensors[name][...] = array
@@ -123,11 +130,13 @@ class _Model(Generic[C]):
 def _finite_weights(name: str, value: Any) -> Array:
     array = as_float32(value, name)
     if not np.isfinite(array).all():
-        raise ValueError(f"weights must be finite, {name} has {int(array.size - np.isfinite(array).sum())} NaN or infinite values")
+        raise ValueError(
+            f"weights must be finite, {name} has {int(array.size - np.isfinite(array).sum())} NaN or infinite values"
+        )
     return array
 
 
-# ---- MMDiT ----------------------------------------------------------------------------------------------------------------------------
+# ---- MMDiT -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,9 @@ class MMDiT(_Model[MMDiTConfig]):
         batch, _, height, width = x.shape
         p = c.patch_size
         if batch == 0 or height % p or width % p or not height or not width:
-            raise ValueError(f"latents must have B >= 1 and H and W that are multiples of patch_size = {p}, got shape {list(x.shape)}")
+            raise ValueError(
+                f"latents must have B >= 1 and H and W that are multiples of patch_size = {p}, got shape {list(x.shape)}"
+            )
         if max(height, width) // p > c.pos_embed_max_size:
             raise ValueError(
                 f"latents must have at most {c.pos_embed_max_size * p} pixels a side (pos_embed_max_size * patch_size), got {height} x {width}"
@@ -206,7 +217,14 @@ class MMDiT(_Model[MMDiTConfig]):
         return values
 
     def vjp(
-        self, latents: Any, sigma: Any, context: Any, pooled: Any, *, taps: Sequence[int] | None = None, skip_layers: Sequence[int] = ()
+        self,
+        latents: Any,
+        sigma: Any,
+        context: Any,
+        pooled: Any,
+        *,
+        taps: Sequence[int] | None = None,
+        skip_layers: Sequence[int] = (),
     ) -> tuple[Any, Callable[..., MMDiTGradients]]:
         """(out, pullback): out is the velocity, or the features when `taps` is given.
 
@@ -226,7 +244,9 @@ class MMDiT(_Model[MMDiTConfig]):
 
         return out, pullback
 
-    def plan(self, batch: int, height: int, width: int, text_tokens: int, *, taps: Sequence[int] | None = None, keep: bool = False) -> int:
+    def plan(
+        self, batch: int, height: int, width: int, text_tokens: int, *, taps: Sequence[int] | None = None, keep: bool = False
+    ) -> int:
         """Bytes of activations of one forward; with `keep` of one that a backward follows."""
         return self._core.plan(batch, height, width, text_tokens, taps=None if taps is None else self._taps(taps), keep=keep)
 
@@ -241,7 +261,7 @@ def _like(value: Any, out: Array | list[Array], name: str) -> Any:
     return [as_float32(v, f"{name}[{i}]", o.shape) for i, (v, o) in enumerate(zip(value, out))]
 
 
-# ---- Discriminator --------------------------------------------------------------------------------------------------------------------
+# ---- Discriminator ---------------------------------------------------------------------------------------------------
 
 
 class Discriminator(_Model[DiscriminatorConfig]):
@@ -300,7 +320,7 @@ class Discriminator(_Model[DiscriminatorConfig]):
         return logits, pullback
 
 
-# ---- AutoencoderKL --------------------------------------------------------------------------------------------------------------------
+# ---- AutoencoderKL ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -422,4 +442,3 @@ def normal_by_seed(seeds: Sequence[int], shape: Sequence[int], purpose: int, ste
     for i, seed in enumerate(seeds):
         _core.normal((1, *shape), seed, purpose, step, first, out=out[i : i + 1])
     return out
-

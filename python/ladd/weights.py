@@ -25,7 +25,7 @@ STEM = "diffusion_pytorch_model"
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
 _MAX_HEADER = 100_000_000  # the format's own limit
 
-# ---- number formats -------------------------------------------------------------------------------------------------------------------
+# ---- number formats --------------------------------------------------------------------------------------------------
 
 
 def _e4m3_table() -> Array:
@@ -68,7 +68,7 @@ def to_bfloat16(array: Array) -> NDArray[np.uint16]:
     return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
-# ---- one safetensors file -------------------------------------------------------------------------------------------------------------
+# ---- one safetensors file --------------------------------------------------------------------------------------------
 
 
 class TensorRef:
@@ -108,7 +108,9 @@ def read_safetensors(path: str | Path) -> dict[str, TensorRef]:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > _MAX_HEADER or 8 + length > size:
-            raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, header of {length if len(head) == 8 else 'unknown'} bytes")
+            raise ValueError(
+                f"{path} is not a complete safetensors file: {size} bytes, header of {length if len(head) == 8 else 'unknown'} bytes"
+            )
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicates)
@@ -234,7 +236,7 @@ def _encode(array: Array, dtype: str, what: str) -> NDArray[Any]:
     return narrow
 
 
-# ---- folders --------------------------------------------------------------------------------------------------------------------------
+# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 def model_folder(path: str | Path, subfolder: str) -> Path:
@@ -265,7 +267,9 @@ def read_folder(folder: Path, *, stem: str = STEM, variant: str | None = None) -
 
 def _variants(folder: Path, stem: str) -> list[str]:
     names = [p.name[len(stem) + 1 : -len(".safetensors")] for p in folder.glob(f"{stem}.*.safetensors")]
-    names += [p.name[len(stem) + len(".safetensors.index.") : -len(".json")] for p in folder.glob(f"{stem}.safetensors.index.*.json")]
+    names += [
+        p.name[len(stem) + len(".safetensors.index.") : -len(".json")] for p in folder.glob(f"{stem}.safetensors.index.*.json")
+    ]
     found = sorted({n for n in names if n and "." not in n and "-of-" not in n})
     if len(found) > 1:
         raise ValueError(f"{folder} has the variants {', '.join(found)}; name one by variant=")
@@ -305,7 +309,11 @@ def check_names(
     problems = []
     missing = sorted(n for n in expected if n not in given)
     unexpected = sorted(n for n in given if n not in expected)
-    misshapen = [f"{n} (expected {list(s)}, got {list(given[n])})" for n, s in expected.items() if n in given and tuple(given[n]) != tuple(s)]
+    misshapen = [
+        f"{n} (expected {list(s)}, got {list(given[n])})"
+        for n, s in expected.items()
+        if n in given and tuple(given[n]) != tuple(s)
+    ]
     if strict and missing:
         problems.append(f"{len(missing)} missing: {_some(missing)}")
     if strict and unexpected:
@@ -316,7 +324,7 @@ def check_names(
         raise ValueError(f"weights do not fit {what}: " + "; ".join(problems))
 
 
-# ---- finding a model: folder or single file -------------------------------------------------------------------------------------------
+# ---- finding a model: folder or single file --------------------------------------------------------------------------
 
 C = TypeVar("C", MMDiTConfig, AutoencoderKLConfig)
 P = TypeVar("P")
@@ -350,7 +358,9 @@ def _load(
     return config, read_folder(folder, variant=variant)
 
 
-def load_mmdit(path: str | Path, *, config: MMDiTConfig | None = None, variant: str | None = None) -> tuple[MMDiTConfig, dict[str, TensorRef]]:
+def load_mmdit(
+    path: str | Path, *, config: MMDiTConfig | None = None, variant: str | None = None
+) -> tuple[MMDiTConfig, dict[str, TensorRef]]:
     """Configuration and unread tensors (diffusers' names) of a transformer, from a diffusers folder or a single file of either layout."""
     from .single_file import mmdit_config, mmdit_from_single
 
@@ -363,7 +373,9 @@ def load_autoencoder(
     """As load_mmdit, for the autoencoder."""
     from .single_file import autoencoder_config, autoencoder_from_single, rename_legacy
 
-    config, tensors = _load(path, "vae", AutoencoderKLConfig, "AutoencoderKL", config, variant, autoencoder_from_single, autoencoder_config)
+    config, tensors = _load(
+        path, "vae", AutoencoderKLConfig, "AutoencoderKL", config, variant, autoencoder_from_single, autoencoder_config
+    )
     return config, rename_legacy(tensors)
 
 

@@ -8,8 +8,8 @@ import support
 import torch
 from torch.nn import functional
 
-import ladd
 from ladd import _core
+from ladd.sampling import TorchNoise
 
 pytestmark = pytest.mark.peers
 
@@ -65,6 +65,10 @@ def test_joint_attention(batch: int, tokens: tuple[int, int], heads: int, dh: in
 
 @pytest.mark.parametrize("seed", [0, 1, 1234, 2**32 - 1, 2**33 + 5])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (16,), (17,), (4, 16, 16), (3, 33)])
-def test_normal_numbers_of_pytorch(seed: int, shape: tuple[int, ...]) -> None:
-    wanted = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
-    np.testing.assert_allclose(ladd.sampling.torch_normal(shape, seed), wanted, rtol=0, atol=3e-6)
+def test_normal_numbers(seed: int, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    noise = TorchNoise([seed])
+    drawn = [noise.start(shape), noise.fresh(shape, 1), noise.fresh((5, 5), 2), noise.fresh(shape, 3)]
+    wanted = [torch.randn(1, *size, generator=generator).numpy() for size in (shape, shape, (5, 5), shape)]
+    for ours, theirs in zip(drawn, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6)

@@ -52,6 +52,7 @@ class FeatureNetworkConfig:
     channels: tuple[int, ...] = (32, 64, 64, 128, 128, 128)
     groups: int = 8
     features: int = 128
+    feature_scale: float = 1.0  # predict() multiplies features by it; training sets it so that real features have variance 1
 
     def __post_init__(self) -> None:
         for name in ("words", "backgrounds", "channels"):
@@ -62,6 +63,8 @@ class FeatureNetworkConfig:
             raise ValueError(f"size must be a multiple of 16, got {self.size}")
         if len(self.channels) != len(_CONV_STRIDES):
             raise ValueError(f"channels must have {len(_CONV_STRIDES)} entries, got {len(self.channels)}")
+        if not 0 < self.feature_scale < math.inf:
+            raise ValueError(f"feature_scale must be positive and finite, got {self.feature_scale}")
         if self.groups < 1 or self.features < 1 or any(c < 1 or c % self.groups for c in self.channels):
             raise ValueError(f"channels must be multiples of groups and features positive, got {self}")
 
@@ -70,7 +73,7 @@ class FeatureNetworkConfig:
 class Prediction:
     """What the network reads off N pictures."""
 
-    features: Array  # [N,F], after the last activation
+    features: Array  # [N,F], after the last activation, in units in which those of real pictures have variance 1 on average
     words: Array  # [N,W] scores, higher is likelier
     background: NDArray[np.int64]  # [N] number of the likeliest class
     place: Array  # [N,2] centre (x, y) of the drawing as a share of the picture, 0 is the middle
@@ -210,12 +213,20 @@ class FeatureNetwork:
             outputs.append(o)
         words, backgrounds, geometry = self._split(np.concatenate(outputs))
         return Prediction(
-            features=np.concatenate(features),
+            features=np.concatenate(features) * np.float32(self.config.feature_scale),
             words=words,
             background=backgrounds.argmax(axis=1).astype(np.int64),
             place=geometry[:, :2] * np.float32(PLACE_UNIT),
             scale=geometry[:, 2] * np.float32(SCALE_UNIT) + np.float32(SCALE_MIDDLE),
         )
+
+    def normalize_features(self, images: Array) -> None:
+        """Sets feature_scale from real pictures: FID and KID are then on a scale that does not hang on the size of the weights."""
+        self.config = dataclasses.replace(self.config, feature_scale=1.0)
+        variance = float(self.predict(images).features.var(axis=0, dtype=np.float64).mean())
+        if not variance > 0:
+            raise ValueError("the features do not vary over these pictures")
+        self.config = dataclasses.replace(self.config, feature_scale=1.0 / math.sqrt(variance))
 
     def word_numbers(self, name: str) -> NDArray[np.int64]:
         """Numbers of the content words of a name that the network knows."""
@@ -302,9 +313,9 @@ def agreement(network: FeatureNetwork, views: Sequence[View], images: Array) -> 
 def train(
     records: Sequence[Record],
     *,
-    steps: int = 1500,
-    batch: int = 128,
-    lr: float = 2e-3,
+    steps: int = 2500,
+    batch: int = 64,
+    lr: float = 4e-3,
     weight_decay: float = 0.02,
     warmup_steps: int = 50,
     clip_norm: float = 1.0,
@@ -340,6 +351,7 @@ def train(
         history.append({"step": step, **parts})
         if step % 10 == 0:
             bar.set_postfix({name: f"{np.mean([row[name] for row in history[-50:]]):.3f}" for name in parts})
+    network.normalize_features(np.stack([view.render() for view in source.draw(0, 1024)]))
     return network, history
 
 
@@ -347,9 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains the feature network on the training records and writes it with what it scores on fresh views."""
     parser = argparse.ArgumentParser(prog="python -m ladd.evaluation.classifier", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write config.json and model.safetensors to")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
 

@@ -363,6 +363,11 @@ class Run:
             self._bar.total = self.steps
             tqdm_write(f"{seconds:.3f} s a step: {self.steps} steps fit into {self.settings.max_minutes:g} minutes")
 
+    @property
+    def seconds(self) -> float:
+        """Since the last logged step."""
+        return time.perf_counter() - self._last
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the chosen ones beside the bar."""
         now = time.perf_counter()

@@ -1,0 +1,250 @@
+/* The types Discriminator and DiscriminatorSaved. */
+#include <limits.h>
+#include <string.h>
+
+#include "binding.h"
+
+/* ---- configuration --------------------------------------------------------------------------------------------------- */
+
+static int read_config(ladd_disc_config *c, PyObject *mapping) {
+    core_config config;
+    int ok, result = -1;
+    memset(c, 0, sizeof *c);
+    if (core_config_begin(&config, "Discriminator", mapping) < 0) return -1;
+    if (core_config_int(&config, "feature_dim", 1, 1, INT_MAX, &c->feature_dim) < 0) goto done;
+    if (core_config_int(&config, "pooled_dim", 1, 0, INT_MAX, &c->pooled_dim) < 0) goto done;
+    if (core_config_int(&config, "width", 1, 1, INT_MAX, &c->width) < 0) goto done;
+    if (core_config_int(&config, "kernel_size", 1, 1, INT_MAX, &c->kernel_size) < 0) goto done;
+    if (core_config_int(&config, "num_groups", 1, 1, INT_MAX, &c->num_groups) < 0) goto done;
+    if (core_config_int(&config, "condition_dim", 1, 1, INT_MAX, &c->condition_dim) < 0) goto done;
+    if (core_config_bool(&config, "spectral_norm", 1, &c->spectral_norm) < 0) goto done;
+    if (core_config_bool(&config, "condition_sigma", 1, &c->condition_sigma) < 0) goto done;
+    if (core_config_bool(&config, "condition_pooled", 1, &c->condition_pooled) < 0) goto done;
+    Py_ssize_t n = core_config_ints(&config, "taps", 1, c->taps, LADD_MAX_LAYERS, 0, INT_MAX);
+    if (n < 0) goto done;
+    c->n_taps = (int)n;
+    PyObject *norm = core_config_take(&config, "norm", 1, &ok);
+    if (!norm) goto done;
+    int group = PyUnicode_Check(norm) && PyUnicode_CompareWithASCIIString(norm, "group") == 0;
+    int none = PyUnicode_Check(norm) && PyUnicode_CompareWithASCIIString(norm, "none") == 0;
+    if (!group && !none) PyErr_Format(PyExc_ValueError, "norm: expected 'group' or 'none', got %R", norm);
+    Py_DECREF(norm);
+    if (!group && !none) goto done;
+    c->norm = group ? LADD_HEAD_NORM_GROUP : LADD_HEAD_NORM_NONE;
+    result = core_config_done(&config);
+done:
+    core_config_end(&config);
+    return result;
+}
+
+static PyObject *config_dict(const void *model) {
+    const ladd_disc_config *c = ladd_disc_get_config(model);
+    PyObject *taps = PyTuple_New(c->n_taps);
+    for (int i = 0; taps && i < c->n_taps; i++) {
+        PyObject *tap = PyLong_FromLong(c->taps[i]);
+        if (tap)
+            PyTuple_SET_ITEM(taps, i, tap);
+        else
+            Py_CLEAR(taps);
+    }
+    if (!taps) return NULL;
+    return Py_BuildValue("{si sN si si si ss si sO sO sO si}", "feature_dim", c->feature_dim, "taps", taps, "pooled_dim", c->pooled_dim, "width",
+                         c->width, "kernel_size", c->kernel_size, "norm", c->norm == LADD_HEAD_NORM_GROUP ? "group" : "none", "num_groups",
+                         c->num_groups, "spectral_norm", c->spectral_norm ? Py_True : Py_False, "condition_sigma",
+                         c->condition_sigma ? Py_True : Py_False, "condition_pooled", c->condition_pooled ? Py_True : Py_False, "condition_dim",
+                         c->condition_dim);
+}
+
+/* ---- life ------------------------------------------------------------------------------------------------------------ */
+
+static ladd_status init_weights(void *model, uint64_t seed) { return ladd_disc_init(model, seed); }
+static void free_model(void *model) { ladd_disc_free(model); }
+static void free_saved(const ladd_context *ctx, void *saved) { ladd_disc_saved_free(ctx, saved); }
+
+static PyObject *disc_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"config", NULL};
+    PyObject *mapping;
+    ladd_disc_config config;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:Discriminator", names, &mapping) || read_config(&config, mapping) < 0) return NULL;
+    core_model *self = core_model_new(type);
+    if (!self) return NULL;
+    self->init = init_weights;
+    self->config = config_dict;
+    ladd_disc *model = NULL;
+    ladd_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = ladd_disc_create(&model, &config);
+    Py_END_ALLOW_THREADS;
+    if (status != LADD_OK) {
+        core_raise(status);
+        Py_DECREF(self);
+        return NULL;
+    }
+    self->model = model;
+    self->params = ladd_disc_params(model);
+    return (PyObject *)self;
+}
+
+static void disc_dealloc(PyObject *object) { core_model_dealloc((core_model *)object, free_model); }
+
+/* ---- forward and backward -------------------------------------------------------------------------------------------- */
+
+/* `n` new arrays in a list, and their data. */
+static PyObject *new_list(Py_ssize_t n, const char *shape, const core_dims *dims, ladd_act **data) {
+    PyObject *list = PyList_New(n);
+    for (Py_ssize_t i = 0; list && i < n; i++) {
+        PyObject *array = core_new(shape, dims, 0);
+        if (array) {
+            PyList_SET_ITEM(list, i, array);
+            data[i] = core_data(array);
+        } else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"features", "sigma", "pooled", "grid", "update_u", "keep", NULL};
+    core_model *self = (core_model *)object;
+    const ladd_disc_config *config = ladd_disc_get_config(self->model);
+    PyObject *features, *sigma, *pooled, *grid, *update_flag = NULL, *keep_flag = NULL;
+    PyObject *items = NULL, *logits = NULL, *result = NULL;
+    const ladd_act *inputs[LADD_MAX_LAYERS];
+    ladd_act *outputs[LADD_MAX_LAYERS];
+    int sides[2], update_u = 0, keep = 0, ok;
+    core_dims dims = {0};
+    core_call call;
+    core_saved *saved = NULL;
+    ladd_disc_saved *kept = NULL;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OO:forward", names, &features, &sigma, &pooled, &grid, &update_flag, &keep_flag)) return NULL;
+    if (update_flag && core_bool(update_flag, "update_u", &update_u) < 0) return NULL;
+    if (keep_flag && core_bool(keep_flag, "keep", &keep) < 0) return NULL;
+    Py_ssize_t n_sides = core_int_list(grid, "grid", sides, 2, 1, INT_MAX);
+    if (n_sides < 0) return NULL;
+    if (n_sides != 2 || sides[0] > INT_MAX / sides[1]) {
+        PyErr_Format(PyExc_ValueError, "grid: expected (h, w) with at most %d tokens, got %R", INT_MAX, grid);
+        return NULL;
+    }
+    DIM(&dims, 'h') = sides[0];
+    DIM(&dims, 'w') = sides[1];
+    DIM(&dims, 'N') = sides[0] * sides[1];
+    DIM(&dims, 'D') = config->feature_dim;
+    DIM(&dims, 'P') = config->pooled_dim;
+    if (!core_input(sigma, "sigma", "B", &dims)) return NULL;
+    if (config->condition_pooled && pooled == Py_None) {
+        PyErr_Format(PyExc_ValueError, "pooled: expected an array of shape (B=%lld, P=%d), got None", (long long)DIM(&dims, 'B'), config->pooled_dim);
+        return NULL;
+    }
+    /* Heads without the pooled condition look at nothing of it, so any width may come. */
+    if (!config->condition_pooled) DIM(&dims, 'P') = 0;
+    PyArrayObject *condition = core_optional(pooled, "pooled", "BP", &dims, &ok);
+    if (!ok) return NULL;
+    items = core_sequence(features, "features", config->n_taps, "one a tap");
+    if (!items) return NULL;
+    for (int i = 0; i < config->n_taps; i++) {
+        PyArrayObject *array = core_input(PyTuple_GET_ITEM(items, i), "features", "BND", &dims);
+        if (!array) goto done;
+        inputs[i] = core_data(array);
+    }
+    if (!(logits = new_list(config->n_taps, "Bhw", &dims, outputs))) goto done;
+    if (keep) {
+        saved = core_saved_new(core_state_of(Py_TYPE(self))->disc_saved_type, self, free_saved);
+        if (!saved) goto done;
+        saved->dims = dims;
+        saved->n_outputs = config->n_taps;
+    }
+    if (core_begin(&call, self->lock) < 0) goto done;
+    ladd_status status = ladd_disc_forward(&call.ctx, outputs, keep ? &kept : NULL, self->model, inputs, core_data(sigma),
+                                           config->condition_pooled ? core_data(condition) : NULL, IDIM(&dims, 'B'), sides[0], sides[1], update_u);
+    int failed = core_end(&call, status);
+    if (saved) saved->saved = kept;
+    if (failed < 0) goto done;
+    result = PyTuple_Pack(2, logits, saved ? (PyObject *)saved : Py_None);
+done:
+    Py_XDECREF(items);
+    Py_XDECREF(logits);
+    Py_XDECREF(saved);
+    return result;
+}
+
+static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"dlogits", "params", "features", NULL};
+    core_saved *self = (core_saved *)object;
+    core_model *owner = self->owner;
+    PyObject *dlogits, *params_flag = NULL, *features_flag = NULL, *result = NULL;
+    const ladd_act *inputs[LADD_MAX_LAYERS];
+    ladd_act *outputs[LADD_MAX_LAYERS] = {NULL};
+    int params = 1, features = 1;
+    core_call call;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:backward", names, &dlogits, &params_flag, &features_flag)) return NULL;
+    if (params_flag && core_bool(params_flag, "params", &params) < 0) return NULL;
+    if (features_flag && core_bool(features_flag, "features", &features) < 0) return NULL;
+    PyObject *items = core_sequence(dlogits, "dlogits", self->n_outputs, "one a tap");
+    if (!items) return NULL;
+    for (int i = 0; i < self->n_outputs; i++) {
+        PyArrayObject *array = core_input(PyTuple_GET_ITEM(items, i), "dlogits", "Bhw", &self->dims);
+        if (!array) goto done;
+        inputs[i] = core_data(array);
+    }
+    result = features ? new_list(self->n_outputs, "BND", &self->dims, outputs) : Py_NewRef(Py_None);
+    if (!result) goto done;
+    if (core_begin(&call, owner->lock) < 0) {
+        Py_CLEAR(result);
+        goto done;
+    }
+    ladd_status status = params ? ladd_params_need_grad(owner->params) : LADD_OK;
+    if (status == LADD_OK) status = ladd_disc_backward(&call.ctx, outputs, self->saved, inputs, params);
+    if (core_end(&call, status) < 0) Py_CLEAR(result);
+done:
+    Py_DECREF(items);
+    return result;
+}
+
+/* ---- types ----------------------------------------------------------------------------------------------------------- */
+
+static PyMethodDef disc_methods[] = {
+    CORE_METHOD("forward", disc_forward, "forward(features, sigma, pooled, grid, update_u=False, keep=False) -> (list of logits, saved or None)"),
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot disc_slots[] = {
+    {Py_tp_doc, "Discriminator(config): heads on tapped features. Weights are zero until init() or until they are written."},
+    {Py_tp_new, disc_new},
+    {Py_tp_dealloc, disc_dealloc},
+    {Py_tp_methods, disc_methods},
+    {0, NULL},
+};
+
+static PyType_Spec disc_spec = {
+    .name = "ladd._core.Discriminator",
+    .basicsize = sizeof(core_model),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = disc_slots,
+};
+
+static PyMethodDef saved_methods[] = {
+    CORE_METHOD("backward", saved_backward, "backward(dlogits, params=True, features=True) -> list of dfeatures or None; any number of times"),
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot saved_slots[] = {
+    {Py_tp_doc, "What one forward of the heads kept for backward. Keeps the model alive."},
+    {Py_tp_dealloc, core_saved_dealloc},
+    {Py_tp_methods, saved_methods},
+    {0, NULL},
+};
+
+static PyType_Spec saved_spec = {
+    .name = "ladd._core.DiscriminatorSaved",
+    .basicsize = sizeof(core_saved),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = saved_slots,
+};
+
+int core_add_disc(PyObject *module, core_state *state) {
+    state->disc_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &disc_spec, (PyObject *)state->model_type);
+    state->disc_saved_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &saved_spec, NULL);
+    if (!state->disc_type || !state->disc_saved_type) return -1;
+    return PyModule_AddType(module, state->disc_type) < 0 ? -1 : PyModule_AddType(module, state->disc_saved_type);
+}

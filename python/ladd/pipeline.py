@@ -1,0 +1,292 @@
+"""From prompts to pictures: a folder with a transformer, an autoencoder and a text encoder, and how it wants to be sampled.
+
+Layout: model_index.json, one folder a transformer (student/, teacher/ or transformer/), vae/, text_encoder/, scheduler/, and ladd.json:
+{"default": "student", "models": {"student": {folder, steps, method, guidance_scale, schedule, shift, sigmas}, ...}}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from . import sampling
+from .arrays import Array, seeds_for
+from .config import check_keys, from_dict, load_json, to_dict
+from .models import AutoencoderKL, MMDiT
+from .text import WordEncoder
+from .weights import write_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+TRANSFORMER_CLASS = "SD3Transformer2DModel"
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How a transformer of a pipeline is sampled unless the caller says otherwise."""
+
+    folder: str = "transformer"
+    steps: int = 28
+    method: str = "euler"
+    guidance_scale: float = 1.0
+    schedule: str = "uniform"
+    shift: float = 1.0
+    # For these numbers of steps the list that the model was trained on, in place of schedule and shift; JSON's keys are strings.
+    sigmas: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, str) or not self.folder or Path(self.folder).name != self.folder:
+            raise ValueError(f"SamplerSettings.folder must be the name of a folder beside ladd.json, got {self.folder!r}")
+        if self.method not in sampling.METHODS:
+            raise ValueError(f"SamplerSettings.method must be one of {', '.join(sampling.METHODS)}, got {self.method!r}")
+        sampling.sigmas(self.steps, schedule=self.schedule, shift=self.shift)
+        if isinstance(self.guidance_scale, bool) or not isinstance(self.guidance_scale, (int, float)) or self.guidance_scale < 0:
+            raise ValueError(f"SamplerSettings.guidance_scale must be a number of at least 0, got {self.guidance_scale!r}")
+        if not isinstance(self.sigmas, dict):
+            raise TypeError(f"SamplerSettings.sigmas must be a table of lists, got {type(self.sigmas).__name__}")
+        for steps, values in self.sigmas.items():
+            if str(len(sampling.check_sigmas(values)) - 1) != steps:
+                raise ValueError(f"SamplerSettings.sigmas[{steps!r}] must have {steps} steps, got {len(values) - 1}")
+
+    def list_for(self, steps: int) -> Array:
+        """The times of `steps` steps."""
+        if str(steps) in self.sigmas:
+            return sampling.check_sigmas(self.sigmas[str(steps)])
+        return sampling.sigmas(steps, schedule=self.schedule, shift=self.shift)
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """Pictures, and what made each of them."""
+
+    images: list[Image]
+    latents: Array  # [B,C,H,W], scaled as the transformer sees them
+    prompts: list[str]
+    seeds: list[int]
+    sigmas: Array
+
+    def _repr_png_(self) -> bytes:
+        """All pictures in one, for notebooks."""
+        import io
+
+        buffer = io.BytesIO()
+        grid(self.images).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def to_images(array: Array) -> list[Image]:
+    """PIL pictures of [B,3,H,W] in [-1, 1]; values are cut to the range and rounded to the nearest of 256."""
+    from PIL import Image
+
+    pixels = np.rint(np.clip(array * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)).astype(np.uint8)
+    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.transpose(0, 2, 3, 1)]
+
+
+def grid(images: Sequence[Image], columns: int | None = None) -> Image:
+    """Pictures of one size on one sheet, row by row."""
+    from PIL import Image
+
+    if not images:
+        raise ValueError("a grid needs at least one picture, got none")
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+class Pipeline:
+    """Text to image. A picture depends on its prompt, its own seed and the settings, not on what else is in its batch."""
+
+    def __init__(self, model: MMDiT, vae: AutoencoderKL, text: WordEncoder, settings: SamplerSettings | None = None) -> None:
+        settings = settings or SamplerSettings()
+        pairs = (
+            ("latent channels", model.config.in_channels, vae.config.latent_channels),
+            ("context width", model.config.joint_attention_dim, text.context_dim),
+            ("pooled width", model.config.pooled_projection_dim, text.pooled_dim),
+        )
+        for what, expected, given in pairs:
+            if expected != given:
+                raise ValueError(f"the parts do not fit: the transformer's {what} is {expected}, the other part's {given}")
+        self.model, self.vae, self.text, self.settings = model, vae, text, settings
+
+    def __repr__(self) -> str:
+        return f"<ladd.Pipeline of {self.model!r}, {self.settings.steps} steps of {self.settings.method}>"
+
+    @property
+    def guidance_scale(self) -> float:
+        """The one that the model was published with."""
+        return self.settings.guidance_scale
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path = "openmoji", *, model: str | None = None, device: str = "cpu", dtype: str = "float32"
+    ) -> Self:
+        """A folder, or "openmoji" for the model that comes with the package. model: "student" or "teacher"; None: the folder's default."""
+        folder = PRETRAINED / "openmoji" if str(path) == "openmoji" else Path(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)"
+            )
+        settings = _settings(folder, model)
+        transformer = MMDiT.from_pretrained(folder / settings.folder, device=device, dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", device=device, dtype=dtype)
+        return cls(transformer, vae, WordEncoder.from_pretrained(folder / "text_encoder"), settings)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] = 0,
+        negative_prompt: str = "",
+        num_images_per_prompt: int = 1,
+        size: tuple[int, int] | None = None,
+        method: str | None = None,
+        sigmas: Any = None,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> PipelineOutput:
+        """Pictures of one or more prompts; those of one prompt follow each other.
+
+        steps, guidance_scale, method, sigmas: None takes the model's own. seed: one an image, or an integer n for n, n + 1, ...
+        size: (height, width) in pixels. batch_size: pictures that are computed at once; the pictures do not depend on it.
+        """
+        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {num_images_per_prompt!r}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        given = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not given:
+            raise ValueError("prompt must be a string or a list of at least one, got an empty list")
+        prompts = [p for p in given for _ in range(num_images_per_prompt)]
+        seeds = seeds_for(seed, len(prompts))
+        if sigmas is not None and steps is not None:
+            raise ValueError(f"give either steps or sigmas, got steps={steps} and {len(sigmas)} sigmas")
+        times = (
+            self.settings.list_for(self.settings.steps if steps is None else steps)
+            if sigmas is None
+            else sampling.check_sigmas(sigmas)
+        )
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        context, pooled = self.text.encode(prompts)
+        negative = self.text.encode([negative_prompt]) if scale > 1 else None
+        latent_size = self._latent_size(size)
+        latents, images = [], []
+        for start in _chunks(len(prompts), batch_size, progress):
+            part = slice(start, start + batch_size)
+            x = sampling.sample(
+                self.model,
+                context[part],
+                pooled[part],
+                size=latent_size,
+                sigmas=times,
+                method=self.settings.method if method is None else method,
+                guidance_scale=scale,
+                negative=negative,
+                seeds=seeds[part],
+            )
+            latents.append(x)
+            images.extend(to_images(self.vae.decode(x)))
+        return PipelineOutput(images, np.concatenate(latents), prompts, seeds, times)
+
+    def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        c, factor = self.model.config, self.vae.config.spatial_factor
+        if size is None:
+            return c.sample_size, c.sample_size
+        multiple = factor * c.patch_size
+        most = c.pos_embed_max_size * multiple
+        if len(size) != 2 or any(
+            isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < multiple or n % multiple or n > most for n in size
+        ):
+            raise ValueError(f"size must be (height, width), multiples of {multiple} up to {most} pixels, got {size!r}")
+        return size[0] // factor, size[1] // factor
+
+
+def _chunks(count: int, batch_size: int, progress: bool) -> Any:
+    starts = range(0, count, batch_size)
+    if not progress:
+        return starts
+    from tqdm.auto import tqdm
+
+    return tqdm(starts, desc="sampling", unit="batch")
+
+
+def _settings(folder: Path, model: str | None) -> SamplerSettings:
+    """What ladd.json says of the chosen transformer; without the file, what a diffusers folder tells."""
+    path = folder / "ladd.json"
+    if not path.exists():
+        if model not in (None, "transformer"):
+            raise ValueError(f"{folder} has no ladd.json, so its only model is 'transformer', got {model!r}")
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        shift = load_json(scheduler).get("shift", 1.0) if scheduler.exists() else 1.0
+        return SamplerSettings(guidance_scale=7.0, schedule="diffusers", shift=shift)
+    table = load_json(path)
+    check_keys(str(path), table, ("default", "models"))
+    models = table.get("models")
+    if not isinstance(models, dict) or not models or table.get("default") not in models:
+        raise ValueError(f"{path} must hold models (a table) and default (one of their names), got {table.get('default')!r}")
+    name = table["default"] if model is None else model
+    if name not in models:
+        raise ValueError(f"model must be one of {', '.join(models)} in {folder}, got {name!r}")
+    return from_dict(SamplerSettings, models[name], f"{path}: {name}")
+
+
+def save_pipeline(
+    path: str | Path,
+    models: Mapping[str, MMDiT],
+    vae: AutoencoderKL,
+    text: WordEncoder,
+    settings: Mapping[str, SamplerSettings],
+    *,
+    default: str | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Writes a pipeline folder with one or more transformers, aside and renamed: whoever sees `path` sees all of it.
+
+    models, settings: by name ("student", "teacher"); each goes to the folder its settings name. default: the first if not given.
+    """
+    from .training.common import atomic_folder
+
+    if not models or set(models) != set(settings):
+        raise ValueError(
+            f"models and settings must have the same names, at least one, got {sorted(models)} and {sorted(settings)}"
+        )
+    default = default or next(iter(models))
+    folders = [s.folder for s in settings.values()]
+    if default not in models or len(set(folders)) != len(folders) or {"vae", "text_encoder", "scheduler"} & set(folders):
+        raise ValueError(
+            f"default must be one of {', '.join(models)} and each model needs a folder of its own, got {default!r} and {folders}"
+        )
+    for name, model in models.items():
+        Pipeline(model, vae, text, settings[name])  # checks that they fit
+    index: dict[str, Any] = {"_class_name": "LADDPipeline"}
+    with atomic_folder(Path(path)) as folder:
+        for name, model in models.items():
+            model.save_pretrained(folder / settings[name].folder, dtype=dtype)
+            index[settings[name].folder] = ["diffusers", TRANSFORMER_CLASS]
+        vae.save_pretrained(folder / "vae", dtype=dtype)
+        text.save_pretrained(folder / "text_encoder", dtype=dtype)
+        (folder / "scheduler").mkdir()
+        scheduler = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": settings[default].shift,
+        }
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        index |= {
+            "vae": ["diffusers", "AutoencoderKL"],
+            "text_encoder": ["ladd", "WordEncoder"],
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        }
+        write_json(folder / "ladd.json", {"default": default, "models": {n: to_dict(s) for n, s in settings.items()}})
+        write_json(folder / "model_index.json", index)

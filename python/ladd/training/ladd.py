@@ -1,0 +1,469 @@
+"""Latent adversarial diffusion distillation (LADD, arXiv 2403.12015): one update of the heads and one of the student from shared passes.
+
+    x_t = (1 - t) z0 + t e,   x0_hat = x_t - t v_student(x_t, t)                       t from the student's time set
+    fake = (1 - t_hat) x0_hat + t_hat e',   real = (1 - t_hat) z0 + t_hat e''          t_hat logit-normal, independent of t
+    L_D = mean l_real(D(F(real))) + mean l_fake(D(F(fake)))                            F: frozen teacher's image tokens, D: one head a tap
+    L_G = mean l_generator(D(F(fake)))
+
+z0 is a latent that the teacher made with guidance. Means are over all logits of all heads, one a token. The step costs six teacher forwards where separate
+updates cost eight: the student's forward and the teacher's pass over the fake serve both updates (design: heads first, then the student through the updated heads).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core, _purposes, losses
+from ..arrays import as_float32
+from ..config import DiscriminatorConfig, LADDConfig, to_dict
+from ..data.shards import LatentShards, epoch_rows, looks_like_noise
+from ..models import Discriminator, MMDiT
+from . import common
+
+Array = NDArray[Any]
+Metrics = dict[str, float]
+
+NOISE_CHECKS = 4  # the first batches of "real" latents are held against N(0, 1) noise
+
+
+@dataclass
+class Draws:
+    """The random scalars of one pass; arrays of noise are drawn by key where they are used."""
+
+    key: int
+    t: Array  # [B] student times
+    t_hat_fake: Array  # [B]
+    t_hat_real: Array  # [B]
+
+    def rows(self, part: slice) -> Draws:
+        return Draws(self.key, self.t[part], self.t_hat_fake[part], self.t_hat_real[part])
+
+
+@dataclass
+class Part:
+    """Some rows of a batch, and their place in it: noise is keyed by the place, so it does not depend on the split."""
+
+    latents: Array  # [b,C,H,W]
+    context: Array  # [b,T,J]
+    pooled: Array  # [b,P]
+    noise: Array | None  # [b,C,H,W] what the teacher started from; None: unknown
+    samples: Array  # [b] int64
+    share: float  # b / B
+    draws: Draws
+
+
+@dataclass
+class StudentPass:
+    x0: Array
+    saved: Any
+
+
+@dataclass
+class FakePass:
+    features: list[Array]
+    noised: Array
+    saved: Any
+
+
+class LADD:
+    """The training step. student and teacher: MMDiT; the student is trained in place, the teacher is only read.
+
+    Raises ValueError where the three do not fit together, for latents that are noise, and FloatingPointError (naming what) when a loss or gradient is not finite:
+    then nothing was updated in that half of the step.
+    """
+
+    def __init__(
+        self, student: MMDiT, teacher: MMDiT, discriminator: Discriminator, config: LADDConfig | None = None, *, allow_noise_latents: bool = False
+    ) -> None:
+        self.student, self.teacher, self.discriminator = student, teacher, discriminator
+        self.config = config or LADDConfig()
+        self.allow_noise_latents = allow_noise_latents
+        self._check_models()
+        self.loss = losses.by_name(self.config.loss)
+        d, g = discriminator._core, student._core
+        self.discriminator_optimizer = common.AdamW([(d.flat_trainable, d.flat_grad)], self.config.discriminator, "the discriminator")
+        self.student_optimizer = common.AdamW([(g.flat_trainable, g.flat_grad)], self.config.student, "the student")
+        self.ema = common.EMA([g.flat_trainable], self.config.ema_decay)
+        self.rate_scale = 1.0
+        self.iteration = 0  # student updates
+        self.passes = 0  # draws of times and noise
+
+    def _check_models(self) -> None:
+        s, t, d = self.student.config, self.teacher.config, self.discriminator.config
+        if self.student is self.teacher or self.student._core is self.teacher._core:
+            raise ValueError("student and teacher must be two models (student = teacher.copy()): the teacher must not change")
+        for name in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
+            if getattr(s, name) != getattr(t, name):
+                raise ValueError(f"student and teacher must have the same {name}, got {getattr(s, name)} and {getattr(t, name)}")
+        if s.in_channels != s.out_channels:
+            raise ValueError(f"in_channels must equal out_channels, got {s.in_channels} and {s.out_channels}")
+        if d.feature_dim != t.inner_dim:
+            raise ValueError(f"discriminator.feature_dim must be the teacher's width {t.inner_dim}, got {d.feature_dim}")
+        if d.taps[-1] >= t.num_layers:
+            raise ValueError(f"discriminator.taps must be below the teacher's {t.num_layers} blocks, got {d.taps}")
+        if d.condition_pooled and d.pooled_dim != t.pooled_projection_dim:
+            raise ValueError(f"discriminator.pooled_dim must be the teacher's {t.pooled_projection_dim}, got {d.pooled_dim}")
+
+    # ---- the step ----
+
+    def step(self, latents: Any, context: Any, pooled: Any, *, noise: Any = None, rate_scale: float = 1.0) -> Metrics:
+        """One update of the heads (d_steps of them) and one of the student.
+
+        latents [B,C,H,W] from the teacher, context [B,T,J], pooled [B,P]; noise [B,C,H,W]: what each latent was sampled from, only for pair_weight.
+        rate_scale multiplies both learning rates (a schedule).
+        """
+        self.rate_scale = rate_scale
+        batch = self._batch(latents, context, pooled, noise)
+        for _ in range(self.config.d_steps - 1):
+            self._update_discriminator(batch)
+        parts = self._parts(batch, self._next_draws(len(batch[0])))
+        if len(parts) > 1:  # the passes of all parts cannot be kept at once: the heads' update comes between
+            return {**self._discriminator_half(parts), **self._student_half(parts)}
+        part = parts[0]
+        student = self._student_pass(part)
+        fake = self._fake_pass(part, student.x0, keep=True)
+        metrics = self._discriminator_half(parts, fake)
+        return {**metrics, **self._student_half(parts, (student, fake))}
+
+    def discriminator_step(self, latents: Any, context: Any, pooled: Any) -> Metrics:
+        """One update of the heads alone."""
+        return self._update_discriminator(self._batch(latents, context, pooled, None))
+
+    def student_step(self, latents: Any, context: Any, pooled: Any, *, noise: Any = None) -> Metrics:
+        """One update of the student alone."""
+        batch = self._batch(latents, context, pooled, noise)
+        return self._student_half(self._parts(batch, self._next_draws(len(batch[0]))))
+
+    def _update_discriminator(self, batch: tuple[Array, Array, Array, Array | None]) -> Metrics:
+        return self._discriminator_half(self._parts(batch, self._next_draws(len(batch[0]))))
+
+    def _batch(self, latents: Any, context: Any, pooled: Any, noise: Any) -> tuple[Array, Array, Array, Array | None]:
+        c = self.student.config
+        z = as_float32(latents, "latents", ("B", c.in_channels, "H", "W"), finite=True)
+        y = as_float32(context, "context", (len(z), "T", c.joint_attention_dim), finite=True)
+        p = as_float32(pooled, "pooled", (len(z), c.pooled_projection_dim), finite=True)
+        e = None if noise is None else as_float32(noise, "noise", z.shape, finite=True)
+        if self.config.pair_weight and e is None:
+            raise ValueError("pair_weight needs noise=: what the teacher sampled each latent from")
+        if self.passes < NOISE_CHECKS and not self.allow_noise_latents and looks_like_noise(z):
+            raise ValueError(
+                f"latents look like standard normal noise (mean {z.mean():.3f}, deviation {z.std():.3f}, neighbours uncorrelated), not like pictures; "
+                "pass allow_noise_latents=True if that is meant"
+            )
+        if self.config.misaligned_weight and len(z) < 2:
+            raise ValueError("misaligned_weight needs at least two pictures a batch, got 1")
+        return z, y, p, e
+
+    def _next_draws(self, batch: int) -> Draws:
+        c, key = self.config, self.passes
+        self.passes += 1
+        warm = self.iteration < c.warmup_iterations
+        times, probabilities = (c.warmup_times, c.warmup_probabilities) if warm else (c.student_times, c.student_probabilities)
+        t = _purposes.generator(c.seed, _purposes.STUDENT_TIME, key).choice(np.array(times, np.float32), batch, p=np.array(probabilities) / sum(probabilities))
+        normal = _purposes.generator(c.seed, _purposes.T_HAT, key).standard_normal((2, batch))
+        t_hat = (1 / (1 + np.exp(-(c.t_hat_mean + c.t_hat_std * normal)))).astype(np.float32)
+        return Draws(key, t.astype(np.float32), t_hat[0], t_hat[0] if c.share_t_hat else t_hat[1])
+
+    def _parts(self, batch: tuple[Array, Array, Array, Array | None], draws: Draws) -> list[Part]:
+        z, y, p, e = batch
+        n = self.config.micro_batch or len(z)
+        out = []
+        for i in range(0, len(z), n):
+            rows = slice(i, min(i + n, len(z)))
+            samples = np.arange(rows.start, rows.stop, dtype=np.int64)
+            out.append(Part(z[rows], y[rows], p[rows], None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows)))
+        return out
+
+    # ---- passes through the networks ----
+
+    def _student_pass(self, part: Part, keep: bool = True) -> StudentPass:
+        t = part.draws.t
+        x_t = _core.renoise(part.latents, t, self.config.seed, _purposes.STUDENT_NOISE, part.draws.key, part.samples)
+        if self.config.pair_weight and part.noise is not None:
+            x_t[t == 1] = part.noise[t == 1]
+        v, saved = self.student._core.forward(x_t, t, part.context, part.pooled, keep=keep)
+        return StudentPass(_core.predict_x0(x_t, v, t), saved)
+
+    def _features(self, noised: Array, t_hat: Array, part: Part, keep: bool) -> tuple[list[Array], Any]:
+        taps = self.discriminator.config.taps
+        return self.teacher._core.forward(noised, t_hat, part.context, part.pooled, taps=taps, keep=keep)
+
+    def _fake_pass(self, part: Part, x0: Array, keep: bool) -> FakePass:
+        purpose = _purposes.RENOISE_REAL if self.config.share_noise else _purposes.RENOISE_FAKE
+        noised = _core.renoise(x0, part.draws.t_hat_fake, self.config.seed, purpose, part.draws.key, part.samples)
+        features, saved = self._features(noised, part.draws.t_hat_fake, part, keep)
+        return FakePass(features, noised, saved)
+
+    def _renoised_real(self, part: Part) -> Array:
+        return _core.renoise(part.latents, part.draws.t_hat_real, self.config.seed, _purposes.RENOISE_REAL, part.draws.key, part.samples)
+
+    def _heads(self, features: list[Array], t_hat: Array, part: Part, *, update_u: bool = False, keep: bool = True) -> tuple[list[Array], Any]:
+        d = self.discriminator.config
+        p = self.teacher.config.patch_size
+        grid = (part.latents.shape[2] // p, part.latents.shape[3] // p)
+        return self.discriminator._core.forward(features, t_hat, part.pooled if d.condition_pooled else None, grid, update_u=update_u, keep=keep)
+
+    # ---- the two halves ----
+
+    def _discriminator_half(self, parts: list[Part], fake: FakePass | None = None) -> Metrics:
+        """Hinge (or another loss) on real and fake features, backward into the heads only, AdamW. Nothing reaches teacher or student."""
+        c = self.config
+        _core.zero(self.discriminator._core.flat_grad)
+        r1_due = c.r1_weight > 0 and self.discriminator_optimizer.updates % c.r1_interval == 0
+        total: Metrics = {}
+        for i, part in enumerate(parts):
+            given = fake or self._fake_pass(part, self._student_pass(part, keep=False).x0, keep=False)
+            real, _ = self._features(self._renoised_real(part), part.draws.t_hat_real, part, keep=False)
+            logits_real, saved_real = self._heads(real, part.draws.t_hat_real, part, update_u=i == 0)
+            logits_fake, saved_fake = self._heads(given.features, part.draws.t_hat_fake, part)
+            value, dreal, dfake = self.loss.discriminator(logits_real, logits_fake)
+            saved_real.backward([d * np.float32(part.share) for d in dreal], features=False)
+            saved_fake.backward([d * np.float32(part.share) for d in dfake], features=False)
+            metrics = {"loss_d": value, **_logit_metrics(logits_real, logits_fake)}
+            if c.misaligned_weight:
+                metrics["loss_misaligned"] = self._misaligned(part)
+            if r1_due:
+                metrics["r1"] = self._r1(real, part, saved_real, logits_real)
+            for name, number in metrics.items():
+                total[name] = total.get(name, 0.0) + part.share * number
+        _finite("the discriminator's loss", total["loss_d"], self.iteration)
+        total["grad_norm_d"] = self.discriminator_optimizer.update(self.rate_scale)
+        return total
+
+    def _misaligned(self, part: Part) -> float:
+        """Real pictures with their neighbour's text are fakes too: sharpens what the heads know of the text."""
+        other = dataclasses.replace(part, context=np.roll(part.context, 1, axis=0), pooled=np.roll(part.pooled, 1, axis=0))
+        features, _ = self._features(self._renoised_real(part), part.draws.t_hat_real, other, keep=False)
+        logits, saved = self._heads(features, part.draws.t_hat_real, other)
+        flat = np.concatenate([x.reshape(-1) for x in logits])
+        value, d = _core.adversarial_loss(flat, self.loss.name, "fake", self.config.misaligned_weight * part.share)
+        ends = np.cumsum([x.size for x in logits])[:-1]
+        saved.backward([g.reshape(x.shape) for g, x in zip(np.split(d, ends), logits, strict=True)], features=False)
+        return value
+
+    def _r1(self, real: list[Array], part: Part, saved: Any, logits: list[Array]) -> float:
+        """R1 on the heads' inputs (ADD, arXiv 2311.17042): weight * mean over pictures of |g|^2, g = d(sum of logits)/d(features).
+
+        The value is exact. Its gradient 2 <g, dg/dtheta> is the derivative of the logits' sum along g, taken as a central difference, which needs no
+        second backward through the heads: (d/dtheta S(f + h g) - d/dtheta S(f - h g)) / h.
+        """
+        c = self.config
+        g = saved.backward([np.ones_like(x) for x in logits], params=False)
+        size = math.sqrt(sum(_core.sum_squares(x) for x in g))
+        penalty = size * size / len(part.latents)
+        if size > 0:
+            h = c.r1_epsilon * math.sqrt(sum(_core.sum_squares(f) for f in real)) / size
+            weight = np.float32(c.r1_weight * c.r1_interval * part.share / (len(part.latents) * h))
+            for sign in (1, -1):
+                moved = [f + np.float32(sign * h) * x for f, x in zip(real, g, strict=True)]
+                _, kept = self._heads(moved, part.draws.t_hat_real, part)
+                kept.backward([np.full_like(x, sign * weight) for x in logits], features=False)
+        return penalty
+
+    def _student_half(self, parts: list[Part], passes: tuple[StudentPass, FakePass] | None = None) -> Metrics:
+        """From the updated heads back through the frozen teacher, the renoising and the student; AdamW and EMA."""
+        _core.zero(self.student._core.flat_grad)
+        total: Metrics = {}
+        for part in parts:
+            student = passes[0] if passes else self._student_pass(part)
+            fake = passes[1] if passes else self._fake_pass(part, student.x0, keep=True)
+            t, t_hat = part.draws.t, part.draws.t_hat_fake
+            logits, saved_heads = self._heads(fake.features, t_hat, part)
+            value, dlogits = self.loss.generator(logits)
+            dfeatures = saved_heads.backward([d * np.float32(part.share) for d in dlogits], params=False)
+            dnoised, _, _ = fake.saved.backward(dfeatures, params=False, context=False, pooled=False)
+            dx0 = _core.row_scale(dnoised, 1 - t_hat)
+            metrics = {"loss_g": value}
+            metrics |= self._distillation(part, student.x0, fake, dx0)
+            metrics |= self._pairs(part, student.x0, dx0)
+            student.saved.backward(_core.row_scale(dx0, -t), latents=False, context=False, pooled=False)
+            for name, number in metrics.items():
+                total[name] = total.get(name, 0.0) + part.share * number
+        for name in ("loss_g", "loss_distillation", "loss_pair"):
+            _finite(f"the student's {name}", total.get(name, 0.0), self.iteration)
+        total["grad_norm_g"] = self.student_optimizer.update(self.rate_scale)
+        self.ema.update()
+        self.iteration += 1
+        return total
+
+    def _distillation(self, part: Part, x0: Array, fake: FakePass, dx0: Array) -> Metrics:
+        """ADD's term with c(t) = 1 - t: the teacher's x0 from the renoised student is the target; a mean over elements, not a sum."""
+        weight = self.config.distillation_weight
+        if not weight:
+            return {}
+        t_hat = part.draws.t_hat_fake
+        v, _ = self.teacher._core.forward(fake.noised, t_hat, part.context, part.pooled)
+        difference = x0 - _core.predict_x0(fake.noised, v, t_hat)
+        scaled = _core.row_scale(difference, 1 - t_hat)
+        dx0 += scaled * np.float32(2 * weight * part.share / x0.size)
+        return {"loss_distillation": float(np.mean(scaled * difference, dtype=np.float64))}
+
+    def _pairs(self, part: Part, x0: Array, dx0: Array) -> Metrics:
+        """From full noise: squared distance to the very picture that the teacher made of this noise."""
+        weight = self.config.pair_weight
+        if not weight:
+            return {}
+        difference = np.where((part.draws.t == 1)[:, None, None, None], x0 - part.latents, np.float32(0))
+        dx0 += difference * np.float32(2 * weight * part.share / x0.size)
+        return {"loss_pair": float(np.mean(np.square(difference, dtype=np.float64)))}
+
+    # ---- state ----
+
+    def ema_student(self) -> MMDiT:
+        """A copy of the student with the averaged weights: what is sampled from and shipped."""
+        model = self.student.copy()
+        model._core.flat_trainable[:] = self.ema.values[0]
+        return model
+
+    def state(self) -> common.State:
+        return common.join_states(
+            student=({"flat": self.student._core.flat}, {}),
+            discriminator=({"flat": self.discriminator._core.flat}, {}),
+            student_optimizer=self.student_optimizer.state(),
+            discriminator_optimizer=self.discriminator_optimizer.state(),
+            ema=self.ema.state(),
+            counters=({}, {"iteration": self.iteration, "passes": self.passes}),
+        )
+
+    def load_state(self, state: common.State) -> None:
+        self.student._core.flat[:] = state[0]["student.flat"]
+        self.discriminator._core.flat[:] = state[0]["discriminator.flat"]
+        for name in ("student_optimizer", "discriminator_optimizer", "ema"):
+            getattr(self, name).load_state(*common.part_of(state, name))
+        self.iteration = int(state[1]["counters"]["iteration"])
+        self.passes = int(state[1]["counters"]["passes"])
+
+    def save(self, path: str | Path) -> None:
+        """Everything the next step depends on, written aside and renamed: killed at any instant, the last complete checkpoint remains."""
+        teacher = common.sha256(self.teacher._core.flat)
+        common.save_state(Path(path), self.state(), config=to_dict(self.config), teacher=teacher)
+
+    def load(self, path: str | Path) -> None:
+        """Continues to the bit from what save wrote with the same teacher and configuration; on error nothing has changed."""
+        state, header = common.read_state(Path(path))
+        if header.get("teacher") != common.sha256(self.teacher._core.flat):
+            raise ValueError(f"{path} was saved with another teacher")
+        if header.get("config") != to_dict(self.config):
+            raise ValueError(f"{path} was saved with another configuration: {header.get('config')}")
+        common.check_state(state, self.state(), str(path))
+        self.load_state(state)
+
+
+def _finite(what: str, value: float, iteration: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{what} is {value} at iteration {iteration + 1}; nothing was updated from it")
+
+
+def _logit_metrics(real: list[Array], fake: list[Array]) -> Metrics:
+    """What shows a discriminator that is too strong or too weak: the gap of the logits, per head too, and how many hinge terms are saturated."""
+    r, f = (np.concatenate([x.reshape(-1) for x in logits]) for logits in (real, fake))
+    gaps = {f"logit_gap_{i}": float(a.mean() - b.mean()) for i, (a, b) in enumerate(zip(real, fake, strict=True))}
+    return {
+        "logit_real": float(r.mean()),
+        "logit_fake": float(f.mean()),
+        "logit_gap": float(r.mean() - f.mean()),
+        "saturated": float(((r > 1).mean() + (f < -1).mean()) / 2),
+        **gaps,
+    }
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LADDRun:
+    """[run]: how long, how much at once."""
+
+    steps: int = 2000
+    max_minutes: float = 0.0  # 0: no limit; else the steps are planned to fit
+    batch: int = 32
+    decay_share: float = 0.3  # share of the steps over which both rates fall to 0
+    checkpoint_every: int = 200
+    sample_every: int = 200
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LADDData:
+    """[data]: the pipeline folder of the teacher ("openmoji": the shipped one) and the latent shards made with it."""
+
+    teacher: str = "openmoji"
+    latents: str = "out/openmoji/latents"
+
+
+SECTIONS: dict[str, type] = {"data": LADDData, "ladd": LADDConfig, "discriminator": dict, "run": LADDRun}
+
+
+def default_discriminator(teacher: MMDiT, settings: Mapping[str, Any]) -> DiscriminatorConfig:
+    """[discriminator] with what follows from the teacher filled in: its widths, and a head on every block."""
+    known = {"feature_dim": teacher.config.inner_dim, "pooled_dim": teacher.config.pooled_projection_dim, "taps": list(range(teacher.config.num_layers))}
+    return DiscriminatorConfig.from_dict({**known, **settings}, "[discriminator]")
+
+
+def _noise_of(shards: LatentShards, rows: Array, shape: tuple[int, ...]) -> Array:
+    from ..sampling import noise
+
+    return noise((len(rows), *shape), [int(seed) for seed in shards.rows("seed", rows)])
+
+
+def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False) -> Path | None:
+    """Distils the teacher of a pipeline folder from latent shards; sections [data], [ladd], [discriminator], [run].
+
+    Returns the pipeline folder `pipeline` whose student is the averaged one, or None after a dry run, which prints sizes and the memory plan.
+    """
+    from ..pipeline import Pipeline, latent_provenance, save_pipeline
+
+    parts = common.sections(config, SECTIONS)
+    settings: LADDRun = parts["run"]
+    ladd_config: LADDConfig = parts["ladd"]
+    pipe = Pipeline.from_pretrained(parts["data"].teacher, model="teacher")
+    teacher = pipe.transformer
+    shards = LatentShards(parts["data"].latents, pipe.text_encoder)
+    shards.check(**latent_provenance(pipe))
+    shape = shards.latent_shape
+    student = teacher.copy()
+    heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), seed=ladd_config.seed)
+    trainer = LADD(student, teacher, heads, ladd_config)
+    if dry_run:
+        rows = min(settings.batch, ladd_config.micro_batch or settings.batch)
+        tokens = pipe.text_encoder.config.max_tokens
+        kept = student.plan(rows, shape[1], shape[2], tokens, keep=True) + teacher.plan(rows, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True)
+        fixed = 4 * (5 * student.num_parameters + teacher.num_parameters + 4 * heads.num_parameters)
+        print(
+            f"student and teacher: {student.num_parameters:,} parameters, heads: {heads.num_parameters:,}; {len(shards)} latents {list(shape)}; "
+            f"{settings.steps} steps of {settings.batch}\nmemory: weights, gradients, moments and EMA {fixed / 2**20:.0f} MiB, activations {kept / 2**20:.0f} MiB"
+        )
+        return None
+    book = common.Run(out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap"))
+    book.restore(trainer)
+    z = shards.batch(np.arange(min(1024, len(shards)))).latents
+    common.tqdm_write(f"real latents: {len(shards)} from {shards.folder}, mean {z.mean():.3f}, deviation {z.std():.3f}")
+    common.save_grid(book.out / "samples" / "real.png", pipe.vae.decode(z[:32]), columns=8)
+    preview = np.arange(min(32, len(shards)))
+    for step in book:
+        rows = epoch_rows(len(shards), settings.batch, ladd_config.seed, step)
+        batch = shards.batch(rows)
+        noise = _noise_of(shards, rows, shape) if ladd_config.pair_weight else None
+        scale = common.cosine_tail(step, book.steps, settings.decay_share)
+        metrics = trainer.step(batch.latents, batch.context, batch.pooled, noise=noise, rate_scale=scale)
+        if book.due(step, settings.sample_every):
+            _save_preview(book, step, trainer, shards, preview, shape, pipe)
+        book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
+        book.checkpoint(step, trainer)
+    return save_pipeline(book.out / "pipeline", pipe, student=trainer.ema_student())
+
+
+def _save_preview(book: common.Run, step: int, trainer: LADD, shards: LatentShards, rows: Array, shape: tuple[int, int, int], pipe: Any) -> None:
+    """One step of the averaged student for the first rows' prompts, from the rows' own noise."""
+    batch = shards.batch(rows)
+    start = _noise_of(shards, rows, shape)
+    v = trainer.ema_student()(start, 1.0, batch.context, batch.pooled)
+    common.save_grid(book.out / "samples" / f"step-{step:08d}.png", pipe.vae.decode(start - v), columns=8)
