@@ -60,16 +60,21 @@ class BuildCore(build_ext):
         import scipy_openblas32
 
         includes = [numpy.get_include(), scipy_openblas32.get_include_dir(), sysconfig.get_path("include")]
+        if not Path(includes[2], "Python.h").is_file():
+            raise SystemExit(
+                f"Python.h expected in {includes[2]}, but it is not there; install Python's headers (Debian: python3-dev)"
+            )
         command = [
             *self.compiler.compiler_so,
             *FLAGS,
             "-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION",
             "-DNPY_TARGET_VERSION=NPY_2_0_API_VERSION",
-            *(f"-I{path}" for path in includes),
             *shlex.split(os.environ.get("CFLAGS", "")),
         ]
+        # Not in the key: where the headers lie, which differs in every isolated build; the objects' own lists of headers tell.
         key = hashlib.sha256("\0".join([*command, sys.version]).encode()).hexdigest()[:12]
         folder = ROOT / "build" / f"objects-{key}"
+        command += [f"-I{path}" for path in includes]
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(int(os.environ.get("LADD_JOBS", 0)) or os.cpu_count()) as pool:
             # The three files that hold all kernels take longest: they go first.

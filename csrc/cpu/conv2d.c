@@ -324,8 +324,8 @@ static ladd_status conv_check(const ladd_conv *c) {
                          "convolution: positive sizes and stride expected, got B %d, Cin %d, H %d, W %d, Cout %d, kernel %d by %d, stride %d", c->B,
                          c->Cin, c->H, c->W, c->Cout, c->kh, c->kw, c->stride);
     if (c->upsample && (c->kh != 3 || c->kw != 3 || c->stride != 1 || c->pad_top != 1 || c->pad_left != 1 || c->pad_bottom != 1 || c->pad_right != 1))
-        return ladd_fail(LADD_ERR_VALUE, "convolution: a 3 by 3 kernel of stride 1 and padding 1 expected after upsampling, got %d by %d, stride %d", c->kh,
-                         c->kw, c->stride);
+        return ladd_fail(LADD_ERR_VALUE, "convolution: a 3 by 3 kernel of stride 1 and padding 1 expected after upsampling, got %d by %d, stride %d",
+                         c->kh, c->kw, c->stride);
     int64_t scale = c->upsample ? 2 : 1;
     int64_t room_h = scale * c->H + c->pad_top + c->pad_bottom - c->kh, room_w = scale * c->W + c->pad_left + c->pad_right - c->kw;
     if (room_h < 0 || room_w < 0 || c->Ho != room_h / c->stride + 1 || c->Wo != room_w / c->stride + 1)
@@ -526,11 +526,11 @@ static ladd_status conv_backward_weights(float *dw, float *dbias, const float *d
 
 /* ---- convolution of an image enlarged by two ------------------------------------------------------------------------------- */
 
-/* Rows 2r and 2r+1 of the enlarged image are row r of x, so the three taps of an axis meet only two rows of x, and output 2r+p is a kernel of two taps:
- *     p = 0: w[0] on row r-1, w[1]+w[2] on row r        p = 1: w[0]+w[1] on row r, w[2] on row r+1
- * that is 16 products for four outputs instead of 36, and the enlarged image is never made. conv_fold[p][a][k] = 1 where tap a of phase p holds w[k].
- * Seen from x, row r reaches outputs 2r-1 .. 2r+2 through w[2], w[1]+w[2], w[0]+w[1], w[0]: the gradient of x is a convolution of dy with a kernel of
- * four taps and stride 2, and the gradient of those four taps, folded back, is that of w. */
+/* Rows 2r and 2r+1 of the enlarged image are row r of x, so the three taps of an axis meet only two rows of x, and output 2r+p is a kernel of two
+ * taps: p = 0: w[0] on row r-1, w[1]+w[2] on row r        p = 1: w[0]+w[1] on row r, w[2] on row r+1 that is 16 products for four outputs instead of
+ * 36, and the enlarged image is never made. conv_fold[p][a][k] = 1 where tap a of phase p holds w[k]. Seen from x, row r reaches outputs 2r-1 .. 2r+2
+ * through w[2], w[1]+w[2], w[0]+w[1], w[0]: the gradient of x is a convolution of dy with a kernel of four taps and stride 2, and the gradient of
+ * those four taps, folded back, is that of w. */
 static const float conv_fold[2][2][3] = {{{1, 0, 0}, {0, 1, 1}}, {{1, 1, 0}, {0, 0, 1}}};
 static const float conv_fold_back[4][3] = {{0, 0, 1}, {0, 1, 1}, {1, 1, 0}, {1, 0, 0}};
 
@@ -570,11 +570,24 @@ static void conv_bias_task(void *argument, int64_t c) {
     for (int b = 0; b < j->B; b++) j->dbias[c] += ladd_sum(j->dy + (b * (int64_t)j->C + c) * j->L, j->L);
 }
 
-static ladd_status conv_upsample_backward(float *dx, float *dw, float *dbias, const float *dy, const float *x, const float *w, const ladd_conv *conv) {
+static ladd_status conv_upsample_backward(float *dx, float *dw, float *dbias, const float *dy, const float *x, const float *w,
+                                          const ladd_conv *conv) {
     int64_t pairs = (int64_t)conv->Cout * conv->Cin;
     /* from dy to x: the transposed roles, so that channels of dy are inputs */
-    const ladd_conv back = {.B = conv->B, .Cin = conv->Cout, .H = conv->Ho, .W = conv->Wo, .Cout = conv->Cin, .kh = 4, .kw = 4, .stride = 2,
-                            .pad_top = 1, .pad_left = 1, .pad_bottom = 1, .pad_right = 1, .Ho = conv->H, .Wo = conv->W};
+    const ladd_conv back = {.B = conv->B,
+                            .Cin = conv->Cout,
+                            .H = conv->Ho,
+                            .W = conv->Wo,
+                            .Cout = conv->Cin,
+                            .kh = 4,
+                            .kw = 4,
+                            .stride = 2,
+                            .pad_top = 1,
+                            .pad_left = 1,
+                            .pad_bottom = 1,
+                            .pad_right = 1,
+                            .Ho = conv->H,
+                            .Wo = conv->W};
     float *folded = ladd_scratch(CONV_FOLDED, (size_t)pairs * 16 * sizeof(float)); /* [Cin,Cout,4,4] */
     if (!folded) return conv_memory();
     if (dx) {

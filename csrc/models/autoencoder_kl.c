@@ -341,50 +341,30 @@ static ladd_conv op_conv(const vae_op *op, ladd_image_size s) {
 static ladd_status op_forward(const ladd_context *ctx, ladd_act *y, vae_op_saved *o, ladd_act *work, const ladd_act *x, const ladd_weights *w,
                               const vae_op *op) {
     ladd_image_size s = o->size;
-    switch (op->kind) {
-        case VAE_RESNET:
-            return ladd_resnet_forward(ctx, y, &o->inner.resnet, work, x, w, &op->p.resnet, s);
-        case VAE_ATTENTION:
-            return ladd_spatial_attention_forward(ctx, y, &o->inner.attention, work, x, w, &op->p.attention, s);
-        case VAE_NORM_SILU:
-            return ctx->backend->group_norm_forward(ctx, y, o->mean, o->rstd, x, ladd_weight(ctx, w, op->p.norm.weight),
-                                                    ladd_weight(ctx, w, op->p.norm.bias), s.B, op->in, s.H * s.W, s.G, LADD_GROUP_NORM_EPS, 1);
-        case VAE_UPSAMPLE:
-            LADD_K(ctx, upsample2x_forward, o->up, x, s.B * op->in, s.H, s.W);
-            break;
-        case VAE_CONV:
-        case VAE_DOWNSAMPLE:
-            break;
+    if (op->kind == VAE_RESNET) return ladd_resnet_forward(ctx, y, &o->inner.resnet, work, x, w, &op->p.resnet, s);
+    if (op->kind == VAE_ATTENTION) return ladd_spatial_attention_forward(ctx, y, &o->inner.attention, work, x, w, &op->p.attention, s);
+    if (op->kind == VAE_NORM_SILU) {
+        const ladd_act *gamma = ladd_weight(ctx, w, op->p.norm.weight), *beta = ladd_weight(ctx, w, op->p.norm.bias);
+        return ctx->backend->group_norm_forward(ctx, y, o->mean, o->rstd, x, gamma, beta, s.B, op->in, s.H * s.W, s.G, LADD_GROUP_NORM_EPS, 1);
     }
     ladd_conv conv = op_conv(op, s);
-    return ctx->backend->conv2d_forward(ctx, y, op->kind == VAE_UPSAMPLE ? o->up : x, ladd_weight(ctx, w, op->p.conv.weight),
-                                        ladd_weight(ctx, w, op->p.conv.bias), &conv);
+    return ctx->backend->conv2d_forward(ctx, y, x, ladd_weight(ctx, w, op->p.conv.weight), ladd_weight(ctx, w, op->p.conv.bias), &conv);
 }
 
 /* dx may be NULL for a VAE_CONV, with which both lists begin. */
 static ladd_status op_backward(const ladd_context *ctx, ladd_act *dx, ladd_act *work, const ladd_act *dy, const vae_op_saved *o, const ladd_act *x,
                                const ladd_weights *w, const vae_op *op) {
     ladd_image_size s = o->size;
-    switch (op->kind) {
-        case VAE_RESNET:
-            return ladd_resnet_backward(ctx, dx, work, dy, &o->inner.resnet, x, w, &op->p.resnet, s);
-        case VAE_ATTENTION:
-            return ladd_spatial_attention_backward(ctx, dx, work, dy, &o->inner.attention, x, w, &op->p.attention, s);
-        case VAE_NORM_SILU:
-            return ctx->backend->group_norm_backward(ctx, dx, ladd_weight_grad(w, op->p.norm.weight), ladd_weight_grad(w, op->p.norm.bias), dy, x,
-                                                     o->mean, o->rstd, ladd_weight(ctx, w, op->p.norm.weight), ladd_weight(ctx, w, op->p.norm.bias),
-                                                     s.B, op->in, s.H * s.W, s.G, 1);
-        case VAE_CONV:
-        case VAE_DOWNSAMPLE:
-        case VAE_UPSAMPLE:
-            break;
+    if (op->kind == VAE_RESNET) return ladd_resnet_backward(ctx, dx, work, dy, &o->inner.resnet, x, w, &op->p.resnet, s);
+    if (op->kind == VAE_ATTENTION) return ladd_spatial_attention_backward(ctx, dx, work, dy, &o->inner.attention, x, w, &op->p.attention, s);
+    if (op->kind == VAE_NORM_SILU) {
+        const ladd_act *gamma = ladd_weight(ctx, w, op->p.norm.weight), *beta = ladd_weight(ctx, w, op->p.norm.bias);
+        float *dgamma = ladd_weight_grad(w, op->p.norm.weight), *dbeta = ladd_weight_grad(w, op->p.norm.bias);
+        return ctx->backend->group_norm_backward(ctx, dx, dgamma, dbeta, dy, x, o->mean, o->rstd, gamma, beta, s.B, op->in, s.H * s.W, s.G, 1);
     }
     ladd_conv conv = op_conv(op, s);
-    int up = op->kind == VAE_UPSAMPLE;
-    LADD_K(ctx, conv2d_backward, up ? work : dx, ladd_weight_grad(w, op->p.conv.weight), ladd_weight_grad(w, op->p.conv.bias), dy, up ? o->up : x,
-           ladd_weight(ctx, w, op->p.conv.weight), &conv);
-    if (up) LADD_K(ctx, upsample2x_backward, dx, work, s.B * op->in, s.H, s.W);
-    return LADD_OK;
+    float *dw = ladd_weight_grad(w, op->p.conv.weight), *dbias = ladd_weight_grad(w, op->p.conv.bias);
+    return ctx->backend->conv2d_backward(ctx, dx, dw, dbias, dy, x, ladd_weight(ctx, w, op->p.conv.weight), &conv);
 }
 
 static ladd_status run(const ladd_context *ctx, ladd_act *output, ladd_vae_saved *s, const ladd_act *input, ladd_image_size size, int keep) {

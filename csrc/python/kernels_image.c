@@ -8,7 +8,7 @@
 /* Fills `conv` from the letters b (Cin = C, Cout = K, kernel Y x X on H x W) and the options; sets the letters P and Q of the result's sides. */
 static int read_conv(ladd_conv *conv, core_dims *d, PyObject *stride, PyObject *padding) {
     int pad[4] = {0};
-    conv->stride = 1;
+    *conv = (ladd_conv){.stride = 1};
     if (stride && core_int(stride, "stride", 1, INT_MAX, &conv->stride) < 0) return -1;
     if (padding) {
         Py_ssize_t n = core_int_list(padding, "padding", pad, 4, 0, INT_MAX / 4);

@@ -1,7 +1,7 @@
 """What random numbers are for: one constant a use, so that no two draws of a run share a key.
 
-Every random number of `ladd` is keyed by (seed, purpose, step, sample). Arrays come from the core's Philox (`_core.normal`, `_core.renoise`);
-a few scalars a step (times, indices) come from NumPy's Philox by `generator`.
+Every random number of `ladd` is keyed by (seed, purpose, step, sample). Arrays come from the core's Philox (`_core.normal`,
+`_core.renoise`); a few scalars a step (times, indices) come from NumPy's Philox by `generator`.
 """
 
 from __future__ import annotations

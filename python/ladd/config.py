@@ -115,7 +115,7 @@ def check_keys(where: str, table: Mapping[str, object], known: Iterable[str]) ->
 
 
 def from_dict(cls: type[T], table: Mapping[str, Any], where: str | None = None) -> T:
-    """The dataclass `cls` from a plain table, nested ones from nested tables. Unknown keys are errors, missing ones take their defaults."""
+    """The dataclass `cls` from a plain table, nested ones from nested tables. Unknown keys are errors, missing ones get defaults."""
     where = where or cls.__name__
     if not isinstance(table, Mapping):
         raise TypeError(f"{where} must be a table of keys and values, got {type(table).__name__}")
@@ -207,16 +207,17 @@ class MMDiTConfig(_ModelConfig):
     qk_norm: str | None = None  # None or "rms_norm"
 
     def __post_init__(self) -> None:
-        for name in ("sample_size", "patch_size", "in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim",
-                     "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size"):  # fmt: skip
-            _int(self, name, 1, 4096 if name == "pos_embed_max_size" else 1 << 16)
+        for name in ("sample_size", "patch_size", "in_channels", "num_attention_heads", "attention_head_dim"):
+            _int(self, name, 1, 1 << 16)
+        for name in ("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"):
+            _int(self, name, 1, 1 << 16)
+        _int(self, "pos_embed_max_size", 1, 4096)
         _int(self, "num_layers", 1, 128)
-        if self.out_channels is None:  # diffusers: null means "as many as come in"
+        channels: int | None = self.out_channels
+        if channels is None:  # diffusers: null means "as many as come in"
             object.__setattr__(self, "out_channels", self.in_channels)
         _int(self, "out_channels", 1, 1 << 16)
-        object.__setattr__(
-            self, "dual_attention_layers", () if self.dual_attention_layers is None else self.dual_attention_layers
-        )
+        object.__setattr__(self, "dual_attention_layers", self.dual_attention_layers or ())
         _int_tuple(self, "dual_attention_layers", 0)
         layers = tuple(sorted(set(self.dual_attention_layers)))
         if layers and layers[-1] >= self.num_layers:
@@ -374,7 +375,7 @@ class AdamWConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LADDConfig:
-    """The distillation step. The paper fixes the loss, the student's times and the form of t_hat's distribution; the rest is chosen."""
+    """The distillation step. The paper gives the student's times and the form of t_hat's distribution; the rest is a choice."""
 
     seed: int = 0
     loss: str = "hinge"
@@ -401,9 +402,7 @@ class LADDConfig:
     r1_epsilon: float = 1e-2  # step of its finite difference, relative to the size of the features
     misaligned_weight: float = 0.0  # real pictures with another picture's text, judged as fakes
     distillation_weight: float = 0.0  # distance of the student's x0 to the teacher's x0 from the renoised student
-    pair_weight: float = (
-        0.0  # distance of the student's x0 from full noise to the picture that the teacher made of the same noise
-    )
+    pair_weight: float = 0.0  # distance of the student's x0 from full noise to what the teacher made of the same noise
     micro_batch: int = 0  # pictures that pass through the models at once; 0: the whole batch
 
     def __post_init__(self) -> None:
@@ -448,8 +447,8 @@ def load_json(path: str | Path) -> dict[str, Any]:
 def load_toml(path: str | Path, overrides: Iterable[str] = (), sections: Mapping[str, type] | None = None) -> dict[str, Any]:
     """A TOML file's tables, changed by `overrides` such as "train.steps=100" (the value is TOML; a bare word is a string).
 
-    With `sections`, exactly those top-level tables are allowed and each becomes an object of the given dataclass (`dict` leaves it
-    a table); a section that is absent from the file is absent from the result.
+    With `sections`, exactly those top-level tables are allowed and each becomes an object of the given dataclass (`dict` leaves
+    it a table); a section that is absent from the file is absent from the result.
     """
     path = Path(path)
     try:

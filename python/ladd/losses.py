@@ -1,7 +1,7 @@
 """Adversarial losses on logits, with their gradients.
 
-Each loss has `discriminator(real, fake) -> value, dreal, dfake` and `generator(fake) -> value, dfake`. Logits are an array, or a list with one
-array a head; the value is the mean over a head's logits, then over heads. What comes in as a list goes out as a list.
+Each loss has `discriminator(real, fake) -> value, dreal, dfake` and `generator(fake) -> value, dfake`. Logits are an array, or a
+list with one array a head; the value is the mean over a head's logits, then over heads. A list comes back as a list.
 
   name      real                      fake                 generator
   hinge     max(0, 1 - x)             max(0, 1 + x)        -x

@@ -1,6 +1,7 @@
-"""The models: MMDiT, Discriminator and AutoencoderKL over the C core, with weights in and out, gradients and vector-Jacobian products.
+"""The models: MMDiT, Discriminator and AutoencoderKL over the C core: weights in and out, gradients, vector-Jacobian products.
 
-Letters: B batch, C latent channels, H W latent size, h w token grid, N image tokens, T text tokens, D width, J context width, P pooled width.
+Letters: B batch, C latent channels, H W latent size, h w token grid, N image tokens, T text tokens, D width, J context width,
+P pooled width.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 
-from . import _core, _purposes
+from . import _core as native
+from . import _purposes
 from .arrays import Array, as_float32, per_sample, seeds_for
 from .config import AutoencoderKLConfig, DiscriminatorConfig, MMDiTConfig, to_dict
-from .weights import TensorRef, check_names, load_autoencoder, load_mmdit, load_plain, save_model
+from .weights import TensorRef, check_names, finite_weights, load_autoencoder, load_mmdit, load_plain, save_model
 
 C = TypeVar("C", MMDiTConfig, AutoencoderKLConfig, DiscriminatorConfig)
 
@@ -28,7 +30,7 @@ class _Model(Generic[C]):
     config: C
     device: str
     dtype: str
-    _core: _core.Model
+    _core: native.Model
     _config_class: ClassVar[type]
     _class_name: ClassVar[str]
 
@@ -40,7 +42,7 @@ class _Model(Generic[C]):
         if dtype != "float32":
             raise ValueError(f"dtype must be 'float32' (what the CPU computes in), got {dtype!r}")
         if isinstance(config, Mapping):
-            config = self._config_class.from_dict(config)  # type: ignore[attr-defined]
+            config = cast(C, self._config_class.from_dict(config))  # type: ignore[attr-defined]
         if not isinstance(config, self._config_class):
             raise TypeError(f"config must be a {self._config_class.__name__} or a dict, got {type(config).__name__}")
         self.config, self.device, self.dtype = config, device, dtype
@@ -48,7 +50,7 @@ class _Model(Generic[C]):
         if seed is not None:  # None: the weights are about to be loaded
             self._core.init(seed)
 
-    def _make_core(self, config: C) -> _core.Model:
+    def _make_core(self, config: C) -> native.Model:
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -78,7 +80,7 @@ class _Model(Generic[C]):
             f"this {type(self).__name__}",
             strict,
         )
-        arrays = {n: _finite_weights(n, v) for n, v in given.items()}
+        arrays = {n: finite_weights(n, v) for n, v in given.items()}
         for name, array in arrays.items():
             tensors[name][...] = array
 
@@ -89,7 +91,7 @@ class _Model(Generic[C]):
         targets = model._core.tensors()
         check_names({n: t.shape for n, t in targets.items()}, {n: t.shape for n, t in tensors.items()}, where)
         for name, tensor in tensors.items():
-            targets[name][...] = _finite_weights(name, tensor)
+            targets[name][...] = finite_weights(name, tensor)
         return model
 
     def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
@@ -127,16 +129,7 @@ class _Model(Generic[C]):
         return self._core.flat_grad
 
 
-def _finite_weights(name: str, value: Any) -> Array:
-    array = as_float32(value, name)
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"weights must be finite, {name} has {int(array.size - np.isfinite(array).sum())} NaN or infinite values"
-        )
-    return array
-
-
-# ---- MMDiT -----------------------------------------------------------------------------------------------------------
+# ---- MMDiT --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -151,12 +144,12 @@ class MMDiTGradients:
 class MMDiT(_Model[MMDiTConfig]):
     """The transformer of Stable Diffusion 3 and 3.5: velocity of a rectified flow from noisy latents, time and text."""
 
-    _core: _core.MMDiT
+    _core: native.MMDiT
     _config_class = MMDiTConfig
     _class_name = "SD3Transformer2DModel"
 
-    def _make_core(self, config: MMDiTConfig) -> _core.MMDiT:
-        return _core.MMDiT({**to_dict(config), "dual_attention_layers": config.dual_attention_layers})
+    def _make_core(self, config: MMDiTConfig) -> native.MMDiT:
+        return native.MMDiT({**to_dict(config), "dual_attention_layers": config.dual_attention_layers})
 
     @classmethod
     def from_pretrained(
@@ -186,7 +179,8 @@ class MMDiT(_Model[MMDiTConfig]):
             )
         if max(height, width) // p > c.pos_embed_max_size:
             raise ValueError(
-                f"latents must have at most {c.pos_embed_max_size * p} pixels a side (pos_embed_max_size * patch_size), got {height} x {width}"
+                f"latents must have at most pos_embed_max_size * patch_size = {c.pos_embed_max_size * p} pixels a side, "
+                f"got {height} x {width}"
             )
         y = as_float32(context, "context", (batch, "T", c.joint_attention_dim))
         if y.shape[1] == 0:
@@ -203,7 +197,7 @@ class MMDiT(_Model[MMDiTConfig]):
         return tuple(int(block) for block in values)
 
     def __call__(self, latents: Any, sigma: Any, context: Any, pooled: Any, *, skip_layers: Sequence[int] = ()) -> Array:
-        """Velocity [B,C_out,H,W] of latents [B,C,H,W] at time sigma ([B] or a number, in [0, 1]) with text context [B,T,J] and pooled [B,P]."""
+        """Velocity [B,C_out,H,W] of latents [B,C,H,W] at time sigma ([B] or a number in [0, 1]), context [B,T,J], pooled [B,P]."""
         return self._core.forward(*self._inputs(latents, sigma, context, pooled), self._blocks(skip_layers, "skip_layers"))[0]
 
     def features(self, latents: Any, sigma: Any, context: Any, pooled: Any, *, taps: Sequence[int]) -> list[Array]:
@@ -228,8 +222,8 @@ class MMDiT(_Model[MMDiTConfig]):
     ) -> tuple[Any, Callable[..., MMDiTGradients]]:
         """(out, pullback): out is the velocity, or the features when `taps` is given.
 
-        pullback(cotangent, *, params=True, latents=True, context=True, pooled=True) -> gradients of the inputs; with `params` it adds the
-        parameters' gradients to gradients(). It uses up what forward kept: once only.
+        pullback(cotangent, *, params=True, latents=True, context=True, pooled=True) -> gradients of the inputs; with `params` it
+        adds the parameters' gradients to gradients(). It uses up what forward kept: once only.
         """
         inputs = self._inputs(latents, sigma, context, pooled)
         chosen = None if taps is None else self._taps(taps)
@@ -261,18 +255,18 @@ def _like(value: Any, out: Array | list[Array], name: str) -> Any:
     return [as_float32(v, f"{name}[{i}]", o.shape) for i, (v, o) in enumerate(zip(value, out))]
 
 
-# ---- Discriminator ---------------------------------------------------------------------------------------------------
+# ---- Discriminator ------------------------------------------------------------------------------------------------
 
 
 class Discriminator(_Model[DiscriminatorConfig]):
     """One head a tap: logits for every token of a frozen transformer's features."""
 
-    _core: _core.Discriminator
+    _core: native.Discriminator
     _config_class = DiscriminatorConfig
     _class_name = "LADDDiscriminator"
 
-    def _make_core(self, config: DiscriminatorConfig) -> _core.Discriminator:
-        return _core.Discriminator({**to_dict(config), "taps": config.taps})
+    def _make_core(self, config: DiscriminatorConfig) -> native.Discriminator:
+        return native.Discriminator({**to_dict(config), "taps": config.taps})
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Self:
@@ -301,7 +295,7 @@ class Discriminator(_Model[DiscriminatorConfig]):
         return [first, *rest], per_sample(sigma, "sigma", batch), text, (height, width)
 
     def __call__(self, features: Sequence[Any], sigma: Any, pooled: Any, *, grid: tuple[int, int]) -> list[Array]:
-        """Logits [B,h,w], one array a tap, of features [B,h*w,D] at time sigma with pooled text [B,P] (unused without condition_pooled)."""
+        """Logits [B,h,w], one array a tap, of features [B,h*w,D] at time sigma; pooled [B,P] only counts with condition_pooled."""
         return self._core.forward(*self._inputs(features, sigma, pooled, grid))[0]
 
     def vjp(
@@ -309,7 +303,8 @@ class Discriminator(_Model[DiscriminatorConfig]):
     ) -> tuple[list[Array], Callable[..., list[Array] | None]]:
         """(logits, pullback). update_u: one power iteration of every spectral norm first, as in a training step.
 
-        pullback(dlogits, *, params=True, features=True) -> gradients of the features (None if not asked for); may be called more than once.
+        pullback(dlogits, *, params=True, features=True) -> gradients of the features (None if not asked for). It may be called
+        more than once.
         """
         logits, saved = self._core.forward(*self._inputs(features, sigma, pooled, grid), update_u=update_u, keep=True)
         assert saved is not None
@@ -320,7 +315,7 @@ class Discriminator(_Model[DiscriminatorConfig]):
         return logits, pullback
 
 
-# ---- AutoencoderKL ---------------------------------------------------------------------------------------------------
+# ---- AutoencoderKL ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -335,14 +330,14 @@ class Reconstruction:
 class AutoencoderKL(_Model[AutoencoderKLConfig]):
     """Images to latents and back; latents of encode() and decode() are scaled and shifted as the transformer sees them."""
 
-    _core: _core.AutoencoderKL
+    _core: native.AutoencoderKL
     _config_class = AutoencoderKLConfig
     _class_name = "AutoencoderKL"
     # Settings of the class that do not change what is computed: the core does not know them.
     _BESIDE = ("sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
-    def _make_core(self, config: AutoencoderKLConfig) -> _core.AutoencoderKL:
-        return _core.AutoencoderKL({k: v for k, v in to_dict(config).items() if k not in self._BESIDE})
+    def _make_core(self, config: AutoencoderKLConfig) -> native.AutoencoderKL:
+        return native.AutoencoderKL({k: v for k, v in to_dict(config).items() if k not in self._BESIDE})
 
     @classmethod
     def from_pretrained(
@@ -377,7 +372,7 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         return np.ascontiguousarray(mean), np.clip(logvar, LOGVAR_MIN, LOGVAR_MAX)
 
     def encode(self, images: Any, *, sample: bool = False, seed: int | Sequence[int] | None = None) -> Array:
-        """Latents [B,C,h,w] (scaled, shifted) of images [B,3,H,W] in [-1, 1]: the posterior's mean, or with `sample` a draw by `seed`.
+        """Latents [B,C,h,w] (scaled, shifted) of images [B,3,H,W] in [-1, 1]: the posterior's mean, or with `sample` a draw.
 
         seed: one integer (image i draws by seed + i) or one an image.
         """
@@ -401,8 +396,8 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
     ) -> tuple[Reconstruction, Callable[..., Array | None]]:
         """(reconstruction, pullback) of encode, posterior and decode in one: for training the autoencoder.
 
-        pullback(dimages, dmean=None, dlogvar=None, *, params=True, input=True) -> gradient of the images; it takes the loss's gradients with
-        respect to the reconstruction's three arrays and adds the parameters' gradients to gradients(). Once only.
+        pullback(dimages, dmean=None, dlogvar=None, *, params=True, input=True) -> gradient of the images; it takes the loss's
+        gradients with respect to the reconstruction's three arrays and adds the parameters' gradients to gradients(). Once only.
         """
         if sample and seed is None:
             raise ValueError("sample=True needs a seed (an integer, or one an image)")
@@ -440,5 +435,5 @@ def normal_by_seed(seeds: Sequence[int], shape: Sequence[int], purpose: int, ste
     out = np.empty((len(seeds), *shape), dtype=np.float32)
     first = np.zeros(1, dtype=np.int64)
     for i, seed in enumerate(seeds):
-        _core.normal((1, *shape), seed, purpose, step, first, out=out[i : i + 1])
+        native.normal((1, *shape), seed, purpose, step, first, out=out[i : i + 1])
     return out

@@ -30,7 +30,7 @@ class State(TypedDict):
     denoised: Array  # [B,C,H,W] the estimate of x0
 
 
-# ---- time lists ------------------------------------------------------------------------------------------------------
+# ---- time lists ---------------------------------------------------------------------------------------------------
 
 
 def sigmas(steps: int, *, schedule: str = "uniform", shift: float = 1.0) -> Array:
@@ -55,7 +55,7 @@ def sigmas(steps: int, *, schedule: str = "uniform", shift: float = 1.0) -> Arra
     raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
 
 
-def _shifted(grid: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
+def _shifted(grid: NDArray[Any], shift: float) -> NDArray[Any]:
     return shift * grid / (1 + (shift - 1) * grid)
 
 
@@ -67,7 +67,13 @@ def check_sigmas(values: Any) -> Array:
     return array
 
 
-# ---- noise -----------------------------------------------------------------------------------------------------------
+# ---- noise --------------------------------------------------------------------------------------------------------
+
+
+def noise(shape: Sequence[int], seeds: Any) -> Array:
+    """The noise [B,C,H,W] that sampling with these seeds starts from: one seed an image, or n for n, n + 1, ..."""
+    batch, *rest = shape
+    return PhiloxNoise(seeds_for(seeds, batch)).start(rest)
 
 
 class PhiloxNoise:
@@ -91,7 +97,7 @@ class PhiloxNoise:
 
 
 class TorchNoise:
-    """The numbers of torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(seed)), one generator an image, drawn in order."""
+    """What torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) gives: a generator an image, drawn in order."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.streams = [_TorchNormal(seed) for seed in seeds]
@@ -104,7 +110,7 @@ class TorchNoise:
 
 
 class _TorchNormal:
-    """PyTorch's CPU normal numbers: Box-Muller on a Mersenne twister, in blocks of 16, or one by one in double for fewer than 16."""
+    """PyTorch's CPU normal numbers: Box-Muller on a Mersenne twister, in blocks of 16; fewer than 16 one by one in double."""
 
     def __init__(self, seed: int) -> None:
         self.twister = np.random.RandomState(seed & 0xFFFFFFFF)
@@ -113,7 +119,7 @@ class _TorchNormal:
     def _words(self, count: int) -> NDArray[np.uint32]:
         return self.twister.randint(0, 1 << 32, size=count, dtype=np.uint32)
 
-    def _uniform24(self, count: int) -> NDArray[np.float64]:
+    def _uniform24(self, count: int) -> NDArray[Any]:
         return (self._words(count) & 0xFFFFFF) * 2.0**-24
 
     def draw(self, shape: Sequence[int]) -> Array:
@@ -140,13 +146,13 @@ class _TorchNormal:
         return float(radius * np.cos(angle))
 
 
-def _box_muller(u: NDArray[np.float64]) -> NDArray[np.float64]:
+def _box_muller(u: NDArray[Any]) -> NDArray[Any]:
     """Uniform [blocks, 2, 8] -> normal of the same shape."""
     radius, angle = np.sqrt(-2 * np.log(1 - u[:, 0])), 2 * np.pi * u[:, 1]
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
+# ---- sampling -----------------------------------------------------------------------------------------------------
 
 
 def iterate(
@@ -176,7 +182,7 @@ def iterate(
     guidance_scale   above 1: v = v_neg + scale (v - v_neg), one batch of [negative; positive]; 0 or 1: off
     negative         (context, pooled) for guidance, of batch B or 1
     seeds            one integer an image, or one integer n for n, n + 1, ...
-    latents          the noise to start from; with `strength` or `mask` the clean latents of a picture (scaled as the model sees them)
+    latents          the noise to start from; with `strength` or `mask` a picture's clean latents (scaled as the model sees them)
     strength         in [0, 1]: share of the steps that are run, on the picture noised to where they begin
     mask             [H,W] or broadcast to [B,1,H,W], 1 where the picture is painted anew; elsewhere it is kept
     rng              "philox", or "torch" for the numbers that PyTorch's CPU generator would give
@@ -276,10 +282,9 @@ class _Run:
     def _shape(self, size: tuple[int, int] | None, latents: Any, batch: int) -> tuple[int, int, int]:
         config = getattr(self.model, "config", None)
         channels = getattr(config, "in_channels", None)
-        if channels is not None and channels != config.out_channels:  # type: ignore[union-attr]
-            raise ValueError(
-                f"the model must give as many channels as it takes to be sampled from, it takes {channels} and gives {config.out_channels}"
-            )  # type: ignore[union-attr]
+        given = getattr(config, "out_channels", None)
+        if channels != given:
+            raise ValueError(f"to be sampled from, a model must give as many channels as it takes, got {given} from {channels}")
         if latents is not None:
             shape = as_float32(latents, "latents", ("B", "C" if channels is None else channels, "H", "W")).shape
             if shape[0] not in (1, batch):

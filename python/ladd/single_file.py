@@ -1,7 +1,7 @@
 """Stability's single files: tensor names and configurations of the original layout, to and from diffusers'.
 
-The layouts differ in three ways: q, k and v are one tensor [3D, D] in the original and three in diffusers; the two halves (shift, scale) of
-the output norm and of the last block's context norm are swapped; and the autoencoder counts its decoder's levels the other way round.
+The layouts differ in three ways: q, k and v are one tensor [3D, D] in the original and three in diffusers; the two halves (shift,
+scale) of the output norm and of the last block's context norm are swapped; the decoder's levels count the other way.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _depth(names: Mapping[str, object], pattern: str) -> int:
     return max(found) + 1 if found else 0
 
 
-# ---- MMDiT -----------------------------------------------------------------------------------------------------------
+# ---- MMDiT --------------------------------------------------------------------------------------------------------
 
 
 def mmdit_from_single(tensors: dict[str, TensorRef], where: str) -> dict[str, TensorRef]:
@@ -146,7 +146,8 @@ def mmdit_config(shapes: Shapes, where: str) -> MMDiTConfig:
     def need(name: str, rank: int) -> tuple[int, ...]:
         if name not in shapes or len(shapes[name]) != rank or 0 in shapes[name]:
             raise ValueError(
-                f"{where}: cannot tell the configuration: expected {name} with {rank} dimensions, got {shapes.get(name, 'no such tensor')}"
+                f"{where}: cannot tell the configuration: expected {name} with {rank} dimensions, "
+                f"got {shapes.get(name, 'no such tensor')}"
             )
         return shapes[name]
 
@@ -175,7 +176,7 @@ def mmdit_config(shapes: Shapes, where: str) -> MMDiTConfig:
     )
 
 
-# ---- autoencoder -----------------------------------------------------------------------------------------------------
+# ---- autoencoder --------------------------------------------------------------------------------------------------
 
 _VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -231,12 +232,13 @@ def _vae_rename(name: str, levels: int) -> str:
 
 
 def autoencoder_config(shapes: Shapes, where: str) -> AutoencoderKLConfig:
-    """The configuration that the shapes of an autoencoder tell; scaling is that of Stable Diffusion 3 (16 channels) or 1 (4 channels)."""
+    """The configuration that an autoencoder's shapes tell; scaling as in Stable Diffusion 3 (16 channels) or 1 (4 channels)."""
 
     def need(name: str) -> tuple[int, ...]:
         if name not in shapes or len(shapes[name]) != 4:
             raise ValueError(
-                f"{where}: cannot tell the configuration: expected {name} with 4 dimensions, got {shapes.get(name, 'no such tensor')}"
+                f"{where}: cannot tell the configuration: expected {name} with 4 dimensions, "
+                f"got {shapes.get(name, 'no such tensor')}"
             )
         return shapes[name]
 

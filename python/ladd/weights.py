@@ -1,8 +1,8 @@
 """Weights on disk: safetensors files, diffusers' folders and Stability's single files, in and out.
 
-Reading trusts nothing: the header is checked against the file's size before any tensor is touched, tensors are read by plain reads (a file
-that is cut while it is open is an error, not a crash), 16- and 8-bit floats become float32. Writing is atomic: a temporary file beside the
-target, flushed to disk, then renamed over it.
+Reading trusts nothing: the header is checked against the file's size before any tensor is touched, tensors are read by plain
+reads (a file that is cut while it is open is an error, not a crash), 16- and 8-bit floats become float32. Writing is atomic: a
+temporary file beside the target, flushed to disk, then renamed over it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array
+from .arrays import Array, as_float32
 from .config import AutoencoderKLConfig, MMDiTConfig, from_dict, load_json
 
 STEM = "diffusion_pytorch_model"
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
 _MAX_HEADER = 100_000_000  # the format's own limit
 
-# ---- number formats --------------------------------------------------------------------------------------------------
+# ---- number formats -----------------------------------------------------------------------------------------------
 
 
 def _e4m3_table() -> Array:
@@ -68,7 +68,7 @@ def to_bfloat16(array: Array) -> NDArray[np.uint16]:
     return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
-# ---- one safetensors file --------------------------------------------------------------------------------------------
+# ---- one safetensors file -----------------------------------------------------------------------------------------
 
 
 class TensorRef:
@@ -109,7 +109,8 @@ def read_safetensors(path: str | Path) -> dict[str, TensorRef]:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > _MAX_HEADER or 8 + length > size:
             raise ValueError(
-                f"{path} is not a complete safetensors file: {size} bytes, header of {length if len(head) == 8 else 'unknown'} bytes"
+                f"{path} is not a complete safetensors file: it has {size} bytes and "
+                + (f"says its header has {length}" if len(head) == 8 else "no header")
             )
         text = file.read(length)
     try:
@@ -137,13 +138,13 @@ def read_safetensors(path: str | Path) -> dict[str, TensorRef]:
 
 
 def _check_entry(path: Path, name: str, entry: Any, data: int) -> tuple[int, int, tuple[int, ...], str]:
-    def is_sizes(value: Any) -> bool:
+    def is_sizes(value: object) -> TypeGuard[list[int]]:
         return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 48 for n in value)
 
     if not isinstance(entry, dict):
         raise ValueError(f"{path}: tensor {name!r}: the header entry must be an object, got {type(entry).__name__}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _FORMATS:
+    if not isinstance(dtype, str) or dtype not in _FORMATS:
         raise ValueError(f"{path}: tensor {name!r}: dtype must be one of {', '.join(_FORMATS)}, got {dtype!r}")
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2 or len(shape) > 16:
         raise ValueError(f"{path}: tensor {name!r}: bad shape {shape!r} or data_offsets {offsets!r}")
@@ -151,7 +152,8 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> tuple[int, int
     expected = math.prod(shape) * np.dtype(_FORMATS[dtype][0]).itemsize
     if not begin <= end <= data or end - begin != expected:
         raise ValueError(
-            f"{path}: tensor {name!r} of shape {shape} in {dtype} needs {expected} bytes, the header gives bytes {begin} to {end} of {data}"
+            f"{path}: tensor {name!r} of shape {shape} in {dtype} needs {expected} bytes, "
+            f"the header gives bytes {begin} to {end} of {data}"
         )
     return begin, end, tuple(shape), dtype
 
@@ -172,7 +174,7 @@ def _reader(path: Path, name: str, offset: int, count: int, shape: tuple[int, ..
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Write to the path given here; on success it is flushed and renamed to `path`, on failure it is removed and `path` stays as it was."""
+    """Write to the path given here: on success it is flushed and renamed to `path`, on failure removed and `path` stays."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -201,7 +203,7 @@ def write_json(path: str | Path, table: Mapping[str, Any]) -> None:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Array], *, dtype: str = "float32", metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes float32 tensors as float32, float16 or bfloat16, one after the other; a value that the format cannot hold is an error.
+    """Writes float32 tensors as float32, float16 or bfloat16, one by one; a value that the format cannot hold is an error.
 
     The library's own writer knows NumPy's types only, and bfloat16 is none of them.
     """
@@ -236,7 +238,7 @@ def _encode(array: Array, dtype: str, what: str) -> NDArray[Any]:
     return narrow
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
+# ---- folders ------------------------------------------------------------------------------------------------------
 
 
 def model_folder(path: str | Path, subfolder: str) -> Path:
@@ -247,11 +249,12 @@ def model_folder(path: str | Path, subfolder: str) -> Path:
     for folder in (path, path / subfolder):
         if (folder / "config.json").is_file():
             return folder
-    raise FileNotFoundError(f"{path} has no config.json, neither itself nor in {subfolder}/")
+    inside = f", neither itself nor in {subfolder}/" if subfolder else ""
+    raise FileNotFoundError(f"{path} has no config.json{inside}")
 
 
 def read_folder(folder: Path, *, stem: str = STEM, variant: str | None = None) -> dict[str, TensorRef]:
-    """The tensors of a diffusers folder, one file or shards. Without `variant` the plain files are preferred, else the only variant there is."""
+    """The tensors of a diffusers folder, one file or shards. Without `variant`: the plain files, else the only variant."""
     tags = [variant] if variant is not None else [None, *_variants(folder, stem)]
     for tag in tags:
         dot = f".{tag}" if tag else ""
@@ -302,10 +305,19 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def finite_weights(name: str, value: Any) -> Array:
+    """`value` as float32; NaN and infinities are errors: a model that has them gives nothing but NaN."""
+    array = as_float32(value, name)
+    if not np.isfinite(array).all():
+        bad = int(array.size - np.isfinite(array).sum())
+        raise ValueError(f"weights must be finite, {name} has {bad} NaN or infinite values")
+    return array
+
+
 def check_names(
     expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str, strict: bool = True
 ) -> None:
-    """Raises one ValueError that lists missing, unexpected and misshapen tensors. Without `strict`, only misshapen ones are errors."""
+    """Raises one ValueError that lists missing, unexpected and misshapen tensors; without `strict` misshapen ones alone."""
     problems = []
     missing = sorted(n for n in expected if n not in given)
     unexpected = sorted(n for n in given if n not in expected)
@@ -324,7 +336,7 @@ def check_names(
         raise ValueError(f"weights do not fit {what}: " + "; ".join(problems))
 
 
-# ---- finding a model: folder or single file --------------------------------------------------------------------------
+# ---- finding a model: folder or single file -----------------------------------------------------------------------
 
 C = TypeVar("C", MMDiTConfig, AutoencoderKLConfig)
 P = TypeVar("P")
@@ -361,7 +373,7 @@ def _load(
 def load_mmdit(
     path: str | Path, *, config: MMDiTConfig | None = None, variant: str | None = None
 ) -> tuple[MMDiTConfig, dict[str, TensorRef]]:
-    """Configuration and unread tensors (diffusers' names) of a transformer, from a diffusers folder or a single file of either layout."""
+    """Configuration and unread tensors (diffusers' names) of a transformer, from a folder or a single file of either layout."""
     from .single_file import mmdit_config, mmdit_from_single
 
     return _load(path, "transformer", MMDiTConfig, "SD3Transformer2DModel", config, variant, mmdit_from_single, mmdit_config)

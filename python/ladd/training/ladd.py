@@ -81,7 +81,13 @@ class LADD:
     """
 
     def __init__(
-        self, student: MMDiT, teacher: MMDiT, discriminator: Discriminator, config: LADDConfig | None = None, *, allow_noise_latents: bool = False
+        self,
+        student: MMDiT,
+        teacher: MMDiT,
+        discriminator: Discriminator,
+        config: LADDConfig | None = None,
+        *,
+        allow_noise_latents: bool = False,
     ) -> None:
         self.student, self.teacher, self.discriminator = student, teacher, discriminator
         self.config = config or LADDConfig()
@@ -89,7 +95,9 @@ class LADD:
         self._check_models()
         self.loss = losses.by_name(self.config.loss)
         d, g = discriminator._core, student._core
-        self.discriminator_optimizer = common.AdamW([(d.flat_trainable, d.flat_grad)], self.config.discriminator, "the discriminator")
+        self.discriminator_optimizer = common.AdamW(
+            [(d.flat_trainable, d.flat_grad)], self.config.discriminator, "the discriminator"
+        )
         self.student_optimizer = common.AdamW([(g.flat_trainable, g.flat_grad)], self.config.student, "the student")
         self.ema = common.EMA([g.flat_trainable], self.config.ema_decay)
         self.rate_scale = 1.0
@@ -167,7 +175,9 @@ class LADD:
         self.passes += 1
         warm = self.iteration < c.warmup_iterations
         times, probabilities = (c.warmup_times, c.warmup_probabilities) if warm else (c.student_times, c.student_probabilities)
-        t = _purposes.generator(c.seed, _purposes.STUDENT_TIME, key).choice(np.array(times, np.float32), batch, p=np.array(probabilities) / sum(probabilities))
+        t = _purposes.generator(c.seed, _purposes.STUDENT_TIME, key).choice(
+            np.array(times, np.float32), batch, p=np.array(probabilities) / sum(probabilities)
+        )
         normal = _purposes.generator(c.seed, _purposes.T_HAT, key).standard_normal((2, batch))
         t_hat = (1 / (1 + np.exp(-(c.t_hat_mean + c.t_hat_std * normal)))).astype(np.float32)
         return Draws(key, t.astype(np.float32), t_hat[0], t_hat[0] if c.share_t_hat else t_hat[1])
@@ -179,7 +189,9 @@ class LADD:
         for i in range(0, len(z), n):
             rows = slice(i, min(i + n, len(z)))
             samples = np.arange(rows.start, rows.stop, dtype=np.int64)
-            out.append(Part(z[rows], y[rows], p[rows], None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows)))
+            out.append(
+                Part(z[rows], y[rows], p[rows], None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows))
+            )
         return out
 
     # ---- passes through the networks ----
@@ -203,13 +215,19 @@ class LADD:
         return FakePass(features, noised, saved)
 
     def _renoised_real(self, part: Part) -> Array:
-        return _core.renoise(part.latents, part.draws.t_hat_real, self.config.seed, _purposes.RENOISE_REAL, part.draws.key, part.samples)
+        return _core.renoise(
+            part.latents, part.draws.t_hat_real, self.config.seed, _purposes.RENOISE_REAL, part.draws.key, part.samples
+        )
 
-    def _heads(self, features: list[Array], t_hat: Array, part: Part, *, update_u: bool = False, keep: bool = True) -> tuple[list[Array], Any]:
+    def _heads(
+        self, features: list[Array], t_hat: Array, part: Part, *, update_u: bool = False, keep: bool = True
+    ) -> tuple[list[Array], Any]:
         d = self.discriminator.config
         p = self.teacher.config.patch_size
         grid = (part.latents.shape[2] // p, part.latents.shape[3] // p)
-        return self.discriminator._core.forward(features, t_hat, part.pooled if d.condition_pooled else None, grid, update_u=update_u, keep=keep)
+        return self.discriminator._core.forward(
+            features, t_hat, part.pooled if d.condition_pooled else None, grid, update_u=update_u, keep=keep
+        )
 
     # ---- the two halves ----
 
@@ -404,7 +422,11 @@ SECTIONS: dict[str, type] = {"data": LADDData, "ladd": LADDConfig, "discriminato
 
 def default_discriminator(teacher: MMDiT, settings: Mapping[str, Any]) -> DiscriminatorConfig:
     """[discriminator] with what follows from the teacher filled in: its widths, and a head on every block."""
-    known = {"feature_dim": teacher.config.inner_dim, "pooled_dim": teacher.config.pooled_projection_dim, "taps": list(range(teacher.config.num_layers))}
+    known = {
+        "feature_dim": teacher.config.inner_dim,
+        "pooled_dim": teacher.config.pooled_projection_dim,
+        "taps": list(range(teacher.config.num_layers)),
+    }
     return DiscriminatorConfig.from_dict({**known, **settings}, "[discriminator]")
 
 
@@ -419,30 +441,35 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
 
     Returns the pipeline folder `pipeline` whose student is the averaged one, or None after a dry run, which prints sizes and the memory plan.
     """
-    from ..pipeline import Pipeline, latent_provenance, save_pipeline
+    from ..pipeline import Pipeline, SamplerSettings, save_pipeline
+    from .generate import identity
 
     parts = common.sections(config, SECTIONS)
     settings: LADDRun = parts["run"]
     ladd_config: LADDConfig = parts["ladd"]
     pipe = Pipeline.from_pretrained(parts["data"].teacher, model="teacher")
-    teacher = pipe.transformer
-    shards = LatentShards(parts["data"].latents, pipe.text_encoder)
-    shards.check(**latent_provenance(pipe))
+    teacher = pipe.model
+    shards = LatentShards(parts["data"].latents, pipe.text)
+    shards.check(**identity(pipe))
     shape = shards.latent_shape
     student = teacher.copy()
     heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), seed=ladd_config.seed)
     trainer = LADD(student, teacher, heads, ladd_config)
     if dry_run:
         rows = min(settings.batch, ladd_config.micro_batch or settings.batch)
-        tokens = pipe.text_encoder.config.max_tokens
-        kept = student.plan(rows, shape[1], shape[2], tokens, keep=True) + teacher.plan(rows, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True)
+        tokens = pipe.text.max_words
+        kept = student.plan(rows, shape[1], shape[2], tokens, keep=True) + teacher.plan(
+            rows, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True
+        )
         fixed = 4 * (5 * student.num_parameters + teacher.num_parameters + 4 * heads.num_parameters)
         print(
             f"student and teacher: {student.num_parameters:,} parameters, heads: {heads.num_parameters:,}; {len(shards)} latents {list(shape)}; "
             f"{settings.steps} steps of {settings.batch}\nmemory: weights, gradients, moments and EMA {fixed / 2**20:.0f} MiB, activations {kept / 2**20:.0f} MiB"
         )
         return None
-    book = common.Run(out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap"))
+    book = common.Run(
+        out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap")
+    )
     book.restore(trainer)
     z = shards.batch(np.arange(min(1024, len(shards)))).latents
     common.tqdm_write(f"real latents: {len(shards)} from {shards.folder}, mean {z.mean():.3f}, deviation {z.std():.3f}")
@@ -458,10 +485,17 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
             _save_preview(book, step, trainer, shards, preview, shape, pipe)
         book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
         book.checkpoint(step, trainer)
-    return save_pipeline(book.out / "pipeline", pipe, student=trainer.ema_student())
+    how = {
+        "student": SamplerSettings(folder="student", steps=4, method="renoise"),
+        "teacher": dataclasses.replace(pipe.settings, folder="teacher"),
+    }
+    save_pipeline(book.out / "pipeline", {"student": trainer.ema_student(), "teacher": teacher}, pipe.vae, pipe.text, how)
+    return book.out / "pipeline"
 
 
-def _save_preview(book: common.Run, step: int, trainer: LADD, shards: LatentShards, rows: Array, shape: tuple[int, int, int], pipe: Any) -> None:
+def _save_preview(
+    book: common.Run, step: int, trainer: LADD, shards: LatentShards, rows: Array, shape: tuple[int, int, int], pipe: Any
+) -> None:
     """One step of the averaged student for the first rows' prompts, from the rows' own noise."""
     batch = shards.batch(rows)
     start = _noise_of(shards, rows, shape)

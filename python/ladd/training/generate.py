@@ -1,0 +1,101 @@
+"""Synthetic latents: guided samples of a teacher for prompts in the style of training, as latent shards with provenance.
+
+LADD needs no other data: guidance, which a one-step student cannot use, enters through these latents (LADD paper, section 3.2). Picture i of a run is the sample of seed
+seed * 2^32 + i, whatever the batch, and a stopped run goes on after the last complete shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import sampling
+from ..data import openmoji
+from ..data.shards import ShardWriter
+from ..pipeline import Pipeline
+from . import common
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class GenerateRun:
+    """[run]: which teacher, how many latents, how they are sampled."""
+
+    teacher: str = "openmoji"  # pipeline folder
+    count: int = 8192
+    batch: int = 64
+    shard: int = 1024  # latents a file
+    steps: int = 25
+    guidance_scale: float = 3.0
+    schedule: str = "uniform"
+    shift: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("count", "batch", "shard", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.shard % self.batch:
+            raise ValueError(f"run.shard must be a multiple of run.batch = {self.batch}, got {self.shard}")
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"run.seed must be in [0, 2**31), got {self.seed}")
+
+
+SECTIONS: dict[str, type] = {"run": GenerateRun}
+
+
+def identity(pipe: Pipeline) -> dict[str, Any]:
+    """What latents and a run that trains on them must share: autoencoder and scaling, text encoder, teacher."""
+    return {
+        "teacher": common.sha256(pipe.model._core.flat),
+        "vae": common.sha256(pipe.vae._core.flat),
+        "scaling_factor": pipe.vae.config.scaling_factor,
+        "shift_factor": pipe.vae.config.shift_factor,
+        "text_encoder": common.sha256(pipe.text.flat),
+    }
+
+
+def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = True, dry_run: bool = False) -> Path | None:
+    """Writes shards into `out`; section [run]. Returns the folder, or None after a dry run."""
+    from tqdm.auto import tqdm
+
+    r: GenerateRun = common.sections(config, SECTIONS)["run"]
+    pipe = Pipeline.from_pretrained(r.teacher, model="teacher")
+    size = pipe.model.config.sample_size
+    if dry_run:
+        memory = pipe.model.plan(2 * r.batch, size, size, pipe.text.max_words)
+        print(f"{r.count} latents of {r.steps} guided steps in batches of {r.batch}; activations {memory / 2**20:.0f} MiB")
+        return None
+    how = {k: getattr(r, k) for k in ("guidance_scale", "steps", "schedule", "shift", "seed")}
+    folder = Path(out)
+    if folder.joinpath("index.json").exists() and not resume:
+        raise FileExistsError(f"{folder} already holds shards; resume, or choose another folder")
+    writer = ShardWriter(folder, {**identity(pipe), **how, "size": [size, size]})
+    views = openmoji.Views(seed=r.seed + (1 << 20))  # other views than the teacher's training saw
+    times = sampling.sigmas(r.steps, schedule=r.schedule, shift=r.shift)
+    negative = pipe.text.encode([""])
+    with tqdm(total=r.count, initial=min(writer.count, r.count), desc="generating", unit="latent", disable=None) as bar:
+        while writer.count < r.count:
+            first, n = writer.count, min(r.shard, r.count - writer.count)
+            prompts, seeds, latents = [], [], []
+            for start in range(first, first + n, r.batch):
+                rows = min(r.batch, first + n - start)
+                texts = [view.text for view in views.draw(start, rows)]
+                own = [(r.seed << 32) + start + i for i in range(rows)]
+                context, pooled = pipe.text.encode(texts)
+                x = sampling.sample(
+                    pipe.model, context, pooled, size=(size, size), sigmas=times, guidance_scale=r.guidance_scale,
+                    negative=negative if r.guidance_scale > 1 else None, seeds=own,
+                )  # fmt: skip
+                latents.append(x.astype(np.float16))
+                prompts += texts
+                seeds += own
+                bar.update(rows)
+            writer.write({"latents": np.concatenate(latents), "seed": np.array(seeds, np.int64)}, prompts)
+    return folder
