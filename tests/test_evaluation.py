@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import support
+import tiny
 
 from ladd.data import openmoji
 from ladd.evaluation import classifier, evaluate, metrics
@@ -142,9 +143,7 @@ TINY = {"size": 16, "channels": (8, 8, 16, 16, 16, 16), "groups": 4, "features":
 
 
 def tiny_network(seed: int = 1) -> classifier.FeatureNetwork:
-    return classifier.FeatureNetwork(
-        classifier.FeatureNetworkConfig(("red", "heart", "cat", "dog"), ("white", "pink"), **TINY), seed=seed
-    )
+    return classifier.FeatureNetwork(classifier.FeatureNetworkConfig(("red", "heart", "cat", "dog"), ("white", "pink"), **TINY), seed=seed)
 
 
 def test_content_words() -> None:
@@ -212,9 +211,7 @@ def test_targets_say_what_a_view_shows() -> None:
     targets = tiny_network().targets(views)
     np.testing.assert_array_equal(targets.words, [[0.5, 0, 0.5, 0]])
     np.testing.assert_array_equal(targets.background, [1])
-    np.testing.assert_allclose(
-        targets.geometry, [[-1.0, 1.0, -0.5]], atol=1e-6
-    )  # a free room of 0.2, wholly to the right and above
+    np.testing.assert_allclose(targets.geometry, [[-1.0, 1.0, -0.5]], atol=1e-6)  # a free room of 0.2, wholly to the right and above
 
 
 def test_training_lowers_the_loss() -> None:
@@ -263,7 +260,7 @@ class Drawings:
         self.vae = SimpleNamespace(encode=lambda images: images, decode=lambda latents: latents)
         self.calls: list[tuple[int, float, int]] = []
 
-    def __call__(self, prompts: list[str], *, steps: int, guidance_scale: float, seed: list[int]) -> Any:
+    def __call__(self, prompts: list[str], *, steps: int, guidance_scale: float, seed: list[int], batch_size: int) -> Any:
         from PIL import Image
 
         self.calls.append((steps, guidance_scale, len(prompts)))
@@ -290,9 +287,7 @@ def network_folder(tmp_path_factory: Any) -> Any:
     """A feature network with random weights: enough to tell drawings from grey squares."""
     folder = tmp_path_factory.mktemp("classifier")
     vocabulary = sorted({word for record in openmoji.train_records() for word in classifier.content_words(record.name)})
-    config = classifier.FeatureNetworkConfig(
-        tuple(vocabulary), openmoji.BACKGROUNDS, channels=(8, 8, 16, 16, 16, 16), features=16
-    )
+    config = classifier.FeatureNetworkConfig(tuple(vocabulary), openmoji.BACKGROUNDS, channels=(8, 8, 16, 16, 16, 16), features=16)
     network = classifier.FeatureNetwork(config, seed=2)
     network.save(folder)
     return folder
@@ -346,8 +341,7 @@ def summary(**fid: float) -> dict[str, Any]:
     names["fifty"] = "teacher, 50 steps, guided"
     numbers = ("recall", "diversity_overall")
     return {
-        names[key]: {"fid": {"mean": value, "std": 0.0}, **{n: {"mean": 0.8, "std": 0.0} for n in numbers}}
-        for key, value in fid.items()
+        names[key]: {"fid": {"mean": value, "std": 0.0}, **{n: {"mean": 0.8, "std": 0.0} for n in numbers}} for key, value in fid.items()
     }
 
 
@@ -391,3 +385,24 @@ def test_pictures_of_another_size_are_resized() -> None:
     assert evaluate.as_array([Image.new("L", (16, 16), 255), Image.new("RGB", (64, 64))], 64).shape == (2, 3, 64, 64)
     small = np.zeros((1, 3, 4, 4), np.uint8)
     np.testing.assert_allclose(np.linalg.norm(evaluate._small(small) - evaluate._small(small + 255)), 2.0)  # the whole range
+
+
+# ---- a real pipeline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: Any) -> Any:
+    return tiny.tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_evaluation_of_a_pipeline_folder(tiny_folder: Any, network_folder: Any) -> None:
+    """Random weights make no pictures, but every row is sampled, and again to the same numbers."""
+    rows = [row for row in evaluate.default_rows() if row.steps <= 4]
+    settings = {"pictures": 8, "seeds": (0,), "reference_pictures": 64, "splits": ("train",), "rows": rows, "progress": False}
+    first, second = (evaluate.run(tiny_folder, classifier=network_folder, batch=b, **settings) for b in (8, 3))
+    assert first["settings"]["guidance_scale"] == 2.5  # the teacher's own
+    for row in rows:
+        numbers = first["splits"]["train"][row.name]
+        assert np.isfinite(numbers["fid"]["mean"])
+        assert numbers["fid"]["mean"] == pytest.approx(second["splits"]["train"][row.name]["fid"]["mean"], rel=1e-3), row.name
+    assert first["bar"] is None  # the teacher's fifty steps were left out

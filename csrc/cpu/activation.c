@@ -3,19 +3,21 @@
 
 enum { ACTIVATION_CHUNK = 16384 };
 
-/* sigmoid(2u) of gelu_tanh, u = sqrt(2/pi) (x + 0.044715 x^3), for |x| <= 10: beyond, GELU is x or 0 to the last bit. */
-static inline float activation_gelu_gate(float x) { return 1.0f / (1.0f + ladd_expf(-1.5957691216f * x * (1.0f + 0.044715f * x * x))); }
-static inline float activation_clamp(float x, float limit) { return x < -limit ? -limit : (x > limit ? limit : x); }
-
-static inline float activation_gelu(float x) { return x < -10.0f ? 0.0f : x * activation_gelu_gate(activation_clamp(x, 10.0f)); }
+/* The slopes are taken for any x and replaced by their limits where |x| is so large that they are 0 or 1 to the last bit (and 0 * inf could arise).
+ * Clamping x first would say the same, but the compiler then splits the loop by cases and no longer vectorises it. */
 static inline float activation_gelu_slope(float x) {
-    float c = activation_clamp(x, 10.0f), s = activation_gelu_gate(c);
-    return s + c * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * c * c);
+    float s = 1.0f / (1.0f + ladd_expf(-1.5957691216f * x * (1.0f + 0.044715f * x * x)));
+    float slope = s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
+    return x > 10.0f ? 1.0f : (x < -10.0f ? 0.0f : slope);
 }
-static inline float activation_silu(float x) { return x < -86.0f ? 0.0f : x / (1.0f + ladd_expf(-x)); }
+static inline float activation_silu(float x) {
+    float y = x / (1.0f + ladd_expf(-x));
+    return x < -86.0f ? 0.0f : y;
+}
 static inline float activation_silu_slope(float x) {
-    float c = activation_clamp(x, 86.0f), s = 1.0f / (1.0f + ladd_expf(-c));
-    return s * (1.0f + c * (1.0f - s));
+    float s = 1.0f / (1.0f + ladd_expf(-x));
+    float slope = s * (1.0f + x * (1.0f - s));
+    return x > 86.0f ? 1.0f : (x < -86.0f ? 0.0f : slope);
 }
 
 typedef struct activation_job {
@@ -37,7 +39,7 @@ typedef struct activation_job {
         (void)dy, (void)slope;                                                                     \
         _Pragma("GCC ivdep") for (int i = 0; i < count; i++) y[i] = (value);                       \
     }
-ACTIVATION_TASK(activation_gelu_task, activation_gelu(x[i]))
+ACTIVATION_TASK(activation_gelu_task, ladd_gelu(x[i]))
 ACTIVATION_TASK(activation_gelu_grad_task, dy[i] * activation_gelu_slope(x[i]))
 ACTIVATION_TASK(activation_silu_task, activation_silu(x[i]))
 ACTIVATION_TASK(activation_silu_grad_task, dy[i] * activation_silu_slope(x[i]))

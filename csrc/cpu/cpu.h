@@ -74,6 +74,12 @@ static inline float ladd_expf(float x) {
     return p * s.f;
 }
 
+/* gelu_tanh(x) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3). Below -10 it is 0 to the last bit, and there x / exp(-2u) could fail. */
+static inline float ladd_gelu(float x) {
+    float y = x / (1.0f + ladd_expf(-1.5957691216f * x * (1.0f + 0.044715f * x * x)));
+    return x < -10.0f ? 0.0f : y;
+}
+
 /* ---- sums in a fixed order ------------------------------------------------------------------------------------------- */
 
 /* Sixteen lanes, whatever the registers' width: sums come out the same on one thread and many, and vectorise without reordering flags. */

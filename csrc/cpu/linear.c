@@ -1,13 +1,6 @@
 /* Linear layers. The product is cut into tiles by shape, and bias and activation are applied to a tile while it is still in cache. */
 #include "cpu.h"
 
-/* gelu_tanh(x) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). Below -10 it is 0 to the last bit, and there x^3 could overflow. */
-static inline float linear_gelu(float x) {
-    float c = x > 10.0f ? 10.0f : x;
-    float y = x / (1.0f + ladd_expf(-1.5957691216f * c * (1.0f + 0.044715f * c * c)));
-    return x < -10.0f ? 0.0f : y;
-}
-
 typedef struct linear_job {
     float *y, *h; /* h: the product before GELU, or NULL for a plain linear layer */
     const float *x, *w, *bias;
@@ -32,7 +25,7 @@ static void linear_task(void *argument, int64_t i) {
         if (j->h) {
             float *y = j->y + at + (ptrdiff_t)r * j->N;
 #pragma GCC ivdep
-            for (int c = 0; c < n; c++) y[c] = linear_gelu(p[c]);
+            for (int c = 0; c < n; c++) y[c] = ladd_gelu(p[c]);
         }
     }
 }

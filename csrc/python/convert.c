@@ -66,6 +66,7 @@ static int is_float32(PyObject *object, const char *name, const char *shape, con
 
 /* Compares the sizes with `shape` and fills in the letters that were not known. */
 static int match_dims(PyArrayObject *array, const char *name, const char *shape, core_dims *dims) {
+    core_dims found = *dims; /* apart, so that the message tells only what others have set */
     int letters = (int)strlen(shape), open = letters && shape[letters - 1] == '*', fixed = letters - open;
     int ndim = PyArray_NDIM(array);
     if (open ? ndim < fixed : ndim != fixed) return wrong_shape(name, shape, dims, array) != NULL;
@@ -81,7 +82,7 @@ static int match_dims(PyArrayObject *array, const char *name, const char *shape,
             rest *= size;
             continue;
         }
-        int64_t *known = &dims->of[(unsigned char)shape[i]];
+        int64_t *known = &found.of[(unsigned char)shape[i]];
         if (*known && *known != size) return wrong_shape(name, shape, dims, array) != NULL;
         *known = size;
     }
@@ -91,8 +92,9 @@ static int match_dims(PyArrayObject *array, const char *name, const char *shape,
             PyErr_Format(PyExc_ValueError, "%s: expected %lld elements a sample, got shape (%s)", name, (long long)DIM(dims, '*'), given_text(given, array));
             return 0;
         }
-        DIM(dims, '*') = rest;
+        DIM(&found, '*') = rest;
     }
+    *dims = found;
     return 1;
 }
 

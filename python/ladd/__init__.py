@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .models import AutoencoderKL, Discriminator, MMDiT
     from .pipeline import Pipeline, save_pipeline
     from .sampling import iterate, sample, sigmas
-    from .text import WordEncoder, WordEncoderConfig
+    from .text import WordEncoder
     from .training.ladd import LADD
 
 _HOME = {
@@ -32,7 +32,6 @@ _HOME = {
     "MMDiTConfig": "config",
     "Pipeline": "pipeline",
     "WordEncoder": "text",
-    "WordEncoderConfig": "text",
     "get_num_threads": "_core",
     "iterate": "sampling",
     "load_toml": "config",
@@ -55,7 +54,6 @@ __all__ = [
     "MMDiTConfig",
     "Pipeline",
     "WordEncoder",
-    "WordEncoderConfig",
     "__version__",
     "get_num_threads",
     "iterate",

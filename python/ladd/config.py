@@ -37,9 +37,7 @@ def _int(owner: object, name: str, low: int, high: int = 2**31 - 1) -> None:
         _fail(owner, name, f"at least {low}" if high == 2**31 - 1 else f"in [{low}, {high}]", value)
 
 
-def _float(
-    owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
-) -> None:
+def _float(owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> None:
     value = getattr(owner, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{type(owner).__name__}.{name} must be a number, got {type(value).__name__} {value!r}")
@@ -115,7 +113,7 @@ def check_keys(where: str, table: Mapping[str, object], known: Iterable[str]) ->
 
 
 def from_dict(cls: type[T], table: Mapping[str, Any], where: str | None = None) -> T:
-    """The dataclass `cls` from a plain table, nested ones from nested tables. Unknown keys are errors, missing ones get defaults."""
+    """The dataclass `cls` from a plain table, nested ones from nested tables. Unknown keys are errors."""
     where = where or cls.__name__
     if not isinstance(table, Mapping):
         raise TypeError(f"{where} must be a table of keys and values, got {type(table).__name__}")
@@ -221,9 +219,7 @@ class MMDiTConfig(_ModelConfig):
         _int_tuple(self, "dual_attention_layers", 0)
         layers = tuple(sorted(set(self.dual_attention_layers)))
         if layers and layers[-1] >= self.num_layers:
-            _fail(
-                self, "dual_attention_layers", f"block indices below num_layers = {self.num_layers}", self.dual_attention_layers
-            )
+            _fail(self, "dual_attention_layers", f"block indices below num_layers = {self.num_layers}", self.dual_attention_layers)
         object.__setattr__(self, "dual_attention_layers", layers)
         _choice(self, "qk_norm", (None, "rms_norm"))
         if self.caption_projection_dim != self.inner_dim:
@@ -281,9 +277,7 @@ class AutoencoderKLConfig(_ModelConfig):
             _fail(self, "block_out_channels", "1 to 8 widths", self.block_out_channels)
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                _fail(
-                    self, "block_out_channels", f"multiples of norm_num_groups = {self.norm_num_groups}", self.block_out_channels
-                )
+                _fail(self, "block_out_channels", f"multiples of norm_num_groups = {self.norm_num_groups}", self.block_out_channels)
         for name, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             given = tuple(getattr(self, name))
             # The default names one level; with more levels it stands for as many blocks of the same kind.
@@ -460,9 +454,7 @@ def load_toml(path: str | Path, overrides: Iterable[str] = (), sections: Mapping
     if sections is None:
         return table
     check_keys(str(path), table, sections)
-    return {
-        name: value if sections[name] is dict else from_dict(sections[name], value, f"[{name}]") for name, value in table.items()
-    }
+    return {name: value if sections[name] is dict else from_dict(sections[name], value, f"[{name}]") for name, value in table.items()}
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

@@ -10,6 +10,7 @@ forward.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import report
+from .config import load_json
 from .evaluation import evaluate
 from .evaluation.evaluate import Row
 
@@ -39,6 +41,8 @@ SHOWCASE = (
     "woman surfing medium skin tone",
     "man pilot dark skin tone",
 )
+# [ladd] of the few minutes there are: only the one step that the page shows is trained.
+RECIPE: dict[str, Any] = {"student_times": [1.0], "student_probabilities": [1.0]}
 STAGES = 4
 GENERATE_STEPS = 20
 REFERENCE_PICTURES = 2048
@@ -50,7 +54,9 @@ _PICTURES = (48, 512)  # fewest and most pictures a row of the table
 
 def demo_rows() -> tuple[Row, ...]:
     """Rows of the report: the published ones, less the autoencoder's, and the fresh student."""
-    return (*(row for row in evaluate.default_rows() if row.source != "vae"), FRESH)
+    rows = [row for row in evaluate.default_rows() if row.source != "vae"]
+    named = [dataclasses.replace(row, name=f"shipped {row.name}") if row.source == "student" else row for row in rows]
+    return (*named, FRESH)
 
 
 def forwards(row: Row) -> int:
@@ -68,9 +74,9 @@ def fitting(seconds: float, seconds_each: float, multiple: int, limits: tuple[in
 def seconds_a_forward(pipeline: Pipeline, batch: int) -> float:
     """Time of one transformer forward a picture (with its share of decoding), from a short run after one to warm up."""
     prompts, seeds = ["red apple"] * batch, list(range(batch))
-    pipeline(prompts, steps=1, guidance_scale=1.0, seed=seeds)
+    pipeline(prompts, steps=1, guidance_scale=1.0, seed=seeds, batch_size=batch)
     start = time.perf_counter()
-    pipeline(prompts, steps=4, guidance_scale=1.0, seed=seeds)
+    pipeline(prompts, steps=4, guidance_scale=1.0, seed=seeds, batch_size=batch)
     return (time.perf_counter() - start) / (4 * batch)
 
 
@@ -175,11 +181,8 @@ def build_page(
     strips = []
     for entry in shown:
         seconds = _mean(table, entry.row.name, "seconds")
-        name = f"shipped {entry.row.name}" if entry.row.source == "student" else entry.row.name
-        strips.append(report.Strip(name, entry.images, f"{_duration(seconds)} a picture", entry.row == FRESH))
-    tables = [
-        report.Table("Quality, measured here", _MEASURED.format(pictures=facts["pictures"]), table, frozenset({FRESH.name}))
-    ]
+        strips.append(report.Strip(entry.row.name, entry.images, f"{_duration(seconds)} a picture", entry.row == FRESH))
+    tables = [report.Table("Quality, measured here", _MEASURED.format(pictures=facts["pictures"]), table, frozenset({FRESH.name}))]
     if published is not None:
         settings = published["settings"]
         text = (
@@ -206,6 +209,50 @@ def build_page(
         notes=[_CREDIT, f"ladd on {facts['threads']} threads ({facts['backend']}), batch {facts['batch']}; {spent}."],
         sections=_SECTIONS,
     )
+
+
+# ---- the stages --------------------------------------------------------------------------------------------------------
+
+
+def generate(model: str | Path, folder: Path, count: int, guidance_scale: float, batch: int, seed: int) -> None:
+    """Latent shards from the teacher."""
+    from .training import generate as generation
+
+    settings = {
+        "teacher": str(model),
+        "count": count,
+        "batch": batch,
+        "shard": batch * max(1, 512 // batch),
+        "steps": GENERATE_STEPS,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
+    generation.run({"run": settings}, out=folder)
+
+
+def distil(
+    model: str | Path, latents: Path, folder: Path, minutes: float, batch: int, seed: int
+) -> tuple[Pipeline, list[dict[str, float]]]:
+    """A fresh student and what was logged while it learned."""
+    from .pipeline import Pipeline
+    from .training import ladd as distillation
+
+    config = {
+        "data": {"teacher": str(model), "latents": str(latents)},
+        "ladd": {**RECIPE, "seed": seed},
+        "run": {"steps": 1_000_000, "max_minutes": minutes, "batch": batch, "checkpoint_every": 0, "sample_every": 0},
+    }
+    pipeline = distillation.run(config, out=folder)
+    assert pipeline is not None  # only a dry run has none
+    return Pipeline.from_pretrained(pipeline, model="student"), read_metrics(folder / "metrics.jsonl")
+
+
+def published_table(model: str | Path) -> dict[str, Any] | None:
+    """The evaluation.json that a model carries, if it does."""
+    from .pipeline import PRETRAINED
+
+    path = (PRETRAINED / "openmoji" if str(model) == "openmoji" else Path(model)) / "evaluation.json"
+    return load_json(path) if path.exists() else None
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------
@@ -240,8 +287,9 @@ def measure(
     from tqdm.auto import tqdm
 
     from .data.openmoji import train_records
+    from .evaluation.classifier import FeatureNetwork
 
-    network, records = evaluate.FeatureNetwork.from_pretrained(classifier), train_records()
+    network, records = FeatureNetwork.from_pretrained(classifier), train_records()
     against = evaluate.reference(network, records, REFERENCE_PICTURES)
     with tqdm(total=sum(map(forwards, rows)), desc="measuring", unit="forward", disable=None) as bar:
         cost = {row.name: forwards(row) for row in rows}

@@ -34,9 +34,7 @@ class _Model(Generic[C]):
     _config_class: ClassVar[type]
     _class_name: ClassVar[str]
 
-    def __init__(
-        self, config: C | Mapping[str, Any], *, device: str = "cpu", dtype: str = "float32", seed: int | None = 0
-    ) -> None:
+    def __init__(self, config: C | Mapping[str, Any], *, device: str = "cpu", dtype: str = "float32", seed: int | None = 0) -> None:
         if device != "cpu":
             raise ValueError(f"device must be 'cpu' (this build has no other), got {device!r}")
         if dtype != "float32":
@@ -173,10 +171,8 @@ class MMDiT(_Model[MMDiTConfig]):
         x = as_float32(latents, "latents", ("B", c.in_channels, "H", "W"))
         batch, _, height, width = x.shape
         p = c.patch_size
-        if batch == 0 or height % p or width % p or not height or not width:
-            raise ValueError(
-                f"latents must have B >= 1 and H and W that are multiples of patch_size = {p}, got shape {list(x.shape)}"
-            )
+        if batch == 0 or height < p or width < p:
+            raise ValueError(f"latents must have B >= 1 and H and W of at least patch_size = {p}, got shape {list(x.shape)}")
         if max(height, width) // p > c.pos_embed_max_size:
             raise ValueError(
                 f"latents must have at most pos_embed_max_size * patch_size = {c.pos_embed_max_size * p} pixels a side, "
@@ -197,7 +193,10 @@ class MMDiT(_Model[MMDiTConfig]):
         return tuple(int(block) for block in values)
 
     def __call__(self, latents: Any, sigma: Any, context: Any, pooled: Any, *, skip_layers: Sequence[int] = ()) -> Array:
-        """Velocity [B,C_out,H,W] of latents [B,C,H,W] at time sigma ([B] or a number in [0, 1]), context [B,T,J], pooled [B,P]."""
+        """Velocity [B,C_out,H,W] of latents [B,C,H,W] at time sigma ([B] or a number) with context [B,T,J] and pooled [B,P].
+
+        As in diffusers, rows and columns that do not fill a patch are left out: the result's H and W are multiples of patch_size.
+        """
         return self._core.forward(*self._inputs(latents, sigma, context, pooled), self._blocks(skip_layers, "skip_layers"))[0]
 
     def features(self, latents: Any, sigma: Any, context: Any, pooled: Any, *, taps: Sequence[int]) -> list[Array]:
@@ -228,7 +227,8 @@ class MMDiT(_Model[MMDiTConfig]):
         inputs = self._inputs(latents, sigma, context, pooled)
         chosen = None if taps is None else self._taps(taps)
         out: Any
-        out, saved = self._core.forward(*inputs, self._blocks(skip_layers, "skip_layers"), taps=chosen, keep=True)  # type: ignore[call-overload]
+        out, saved = self._core.forward(*inputs, self._blocks(skip_layers, "skip_layers"), taps=chosen, keep=True)
+        assert saved is not None
 
         def pullback(
             cotangent: Any, *, params: bool = True, latents: bool = True, context: bool = True, pooled: bool = True
@@ -238,9 +238,7 @@ class MMDiT(_Model[MMDiTConfig]):
 
         return out, pullback
 
-    def plan(
-        self, batch: int, height: int, width: int, text_tokens: int, *, taps: Sequence[int] | None = None, keep: bool = False
-    ) -> int:
+    def plan(self, batch: int, height: int, width: int, text_tokens: int, *, taps: Sequence[int] | None = None, keep: bool = False) -> int:
         """Bytes of activations of one forward; with `keep` of one that a backward follows."""
         return self._core.plan(batch, height, width, text_tokens, taps=None if taps is None else self._taps(taps), keep=keep)
 
@@ -295,7 +293,7 @@ class Discriminator(_Model[DiscriminatorConfig]):
         return [first, *rest], per_sample(sigma, "sigma", batch), text, (height, width)
 
     def __call__(self, features: Sequence[Any], sigma: Any, pooled: Any, *, grid: tuple[int, int]) -> list[Array]:
-        """Logits [B,h,w], one array a tap, of features [B,h*w,D] at time sigma; pooled [B,P] only counts with condition_pooled."""
+        """Logits [B,h,w], one array a tap, of features [B,h*w,D] at time sigma; pooled [B,P] counts with condition_pooled."""
         return self._core.forward(*self._inputs(features, sigma, pooled, grid))[0]
 
     def vjp(
@@ -413,9 +411,7 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         decoded, saved_decoder = self._core.decode(z, keep=True)
         assert saved_encoder is not None and saved_decoder is not None
 
-        def pullback(
-            dimages: Any, dmean: Any = None, dlogvar: Any = None, *, params: bool = True, input: bool = True
-        ) -> Array | None:
+        def pullback(dimages: Any, dmean: Any = None, dlogvar: Any = None, *, params: bool = True, input: bool = True) -> Array | None:
             dout = as_float32(dimages, "dimages", decoded.shape)
             extra_mean = None if dmean is None else as_float32(dmean, "dmean", mean.shape)
             extra_logvar = None if dlogvar is None else as_float32(dlogvar, "dlogvar", mean.shape)

@@ -1,13 +1,13 @@
 """From prompts to pictures: a folder with a transformer, an autoencoder and a text encoder, and how it wants to be sampled.
 
-Layout: model_index.json, one folder a transformer (student/, teacher/ or transformer/), vae/, text_encoder/, scheduler/,
-ladd.json: {"default": "student", "models": {"student": {folder, steps, method, guidance_scale, schedule, shift, sigmas}, ...}}.
+Layout: model_index.json, one folder a transformer (student/, teacher/ or transformer/), vae/, text_encoder/, scheduler/, and ladd.json:
+{"default": "student", "models": {"student": {folder, steps, method, guidance_scale, schedule, shift, sigmas}, ...}}.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,12 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-# Folders that all transformers of a pipeline share, as model_index.json lists them.
-_SHARED = {
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["ladd", "WordEncoder"],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-}
+TRANSFORMER_CLASS = "SD3Transformer2DModel"
 
 
 @dataclass(frozen=True)
@@ -111,30 +106,20 @@ def grid(images: Sequence[Image], columns: int | None = None) -> Image:
 class Pipeline:
     """Text to image. A picture depends on its prompt, its own seed and the settings, not on what else is in its batch."""
 
-    def __init__(
-        self,
-        transformer: MMDiT,
-        vae: AutoencoderKL,
-        text_encoder: WordEncoder,
-        settings: SamplerSettings | None = None,
-        *,
-        name: str = "transformer",
-    ) -> None:
-        """name: what the transformer is in a folder of several, such as "student"."""
-        c, text = transformer.config, text_encoder.config
+    def __init__(self, model: MMDiT, vae: AutoencoderKL, text: WordEncoder, settings: SamplerSettings | None = None) -> None:
+        settings = settings or SamplerSettings()
         pairs = (
-            ("latent channels", c.in_channels, vae.config.latent_channels),
-            ("context width", c.joint_attention_dim, text.context_dim),
-            ("pooled width", c.pooled_projection_dim, text.pooled_dim),
+            ("latent channels", model.config.in_channels, vae.config.latent_channels),
+            ("context width", model.config.joint_attention_dim, text.context_dim),
+            ("pooled width", model.config.pooled_projection_dim, text.pooled_dim),
         )
         for what, expected, given in pairs:
             if expected != given:
                 raise ValueError(f"the parts do not fit: the transformer's {what} is {expected}, the other part's {given}")
-        self.transformer, self.vae, self.text_encoder, self.name = transformer, vae, text_encoder, name
-        self.settings = SamplerSettings(folder=name) if settings is None else settings
+        self.model, self.vae, self.text, self.settings = model, vae, text, settings
 
     def __repr__(self) -> str:
-        return f"<ladd.Pipeline of {self.transformer!r}, {self.settings.steps} steps of {self.settings.method}>"
+        return f"<ladd.Pipeline of {self.model!r}, {self.settings.steps} steps of {self.settings.method}>"
 
     @property
     def guidance_scale(self) -> float:
@@ -145,16 +130,14 @@ class Pipeline:
     def from_pretrained(
         cls, path: str | Path = "openmoji", *, model: str | None = None, device: str = "cpu", dtype: str = "float32"
     ) -> Self:
-        """A folder, or "openmoji", which comes with the package. model: "student" or "teacher"; None: the folder's default."""
+        """A folder, or "openmoji" for the model that comes with the package. model: "student" or "teacher"; None: the folder's default."""
         folder = PRETRAINED / "openmoji" if str(path) == "openmoji" else Path(path)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)"
-            )
-        name, settings = _settings(folder, model)
+            raise FileNotFoundError(f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)")
+        settings = read_settings(folder, model)
         transformer = MMDiT.from_pretrained(folder / settings.folder, device=device, dtype=dtype)
         vae = AutoencoderKL.from_pretrained(folder / "vae", device=device, dtype=dtype)
-        return cls(transformer, vae, WordEncoder.from_pretrained(folder / "text_encoder"), settings, name=name)
+        return cls(transformer, vae, WordEncoder.from_pretrained(folder / "text_encoder"), settings)
 
     def __call__(
         self,
@@ -187,20 +170,16 @@ class Pipeline:
         seeds = seeds_for(seed, len(prompts))
         if sigmas is not None and steps is not None:
             raise ValueError(f"give either steps or sigmas, got steps={steps} and {len(sigmas)} sigmas")
-        times = (
-            self.settings.list_for(self.settings.steps if steps is None else steps)
-            if sigmas is None
-            else sampling.check_sigmas(sigmas)
-        )
+        times = self.settings.list_for(self.settings.steps if steps is None else steps) if sigmas is None else sampling.check_sigmas(sigmas)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        context, pooled = self.text_encoder.encode(prompts)
-        negative = self.text_encoder.encode([negative_prompt]) if scale > 1 else None
+        context, pooled = self.text.encode(prompts)
+        negative = self.text.encode([negative_prompt]) if scale > 1 else None
         latent_size = self._latent_size(size)
         latents, images = [], []
         for start in _chunks(len(prompts), batch_size, progress):
             part = slice(start, start + batch_size)
             x = sampling.sample(
-                self.transformer,
+                self.model,
                 context[part],
                 pooled[part],
                 size=latent_size,
@@ -215,7 +194,7 @@ class Pipeline:
         return PipelineOutput(images, np.concatenate(latents), prompts, seeds, times)
 
     def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        c, factor = self.transformer.config, self.vae.config.spatial_factor
+        c, factor = self.model.config, self.vae.config.spatial_factor
         if size is None:
             return c.sample_size, c.sample_size
         multiple = factor * c.patch_size
@@ -249,80 +228,64 @@ def model_names(folder: str | Path) -> list[str]:
     return [default, *(name for name in models if name != default)]
 
 
-def _settings(folder: Path, model: str | None) -> tuple[str, SamplerSettings]:
-    """Name and settings of the chosen transformer by ladd.json; without the file, what a diffusers folder tells."""
+def read_settings(folder: Path, model: str | None) -> SamplerSettings:
+    """What ladd.json says of the chosen transformer; without the file, what a diffusers folder tells."""
     names = model_names(folder)
     name = names[0] if model is None else model
     if name not in names:
         raise ValueError(f"model must be one of {', '.join(names)} in {folder}, got {name!r}")
     path = folder / "ladd.json"
     if path.exists():
-        return name, from_dict(SamplerSettings, load_json(path)["models"][name], f"{path}: {name}")
+        return from_dict(SamplerSettings, load_json(path)["models"][name], f"{path}: {name}")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     shift = load_json(scheduler).get("shift", 1.0) if scheduler.exists() else 1.0
-    return name, SamplerSettings(guidance_scale=7.0, schedule="diffusers", shift=shift)
+    return SamplerSettings(guidance_scale=7.0, schedule="diffusers", shift=shift)
 
 
 def save_pipeline(
     path: str | Path,
-    pipe: Pipeline,
+    models: Mapping[str, MMDiT],
+    vae: AutoencoderKL,
+    text: WordEncoder,
+    settings: Mapping[str, SamplerSettings],
     *,
-    student: MMDiT | None = None,
-    settings: SamplerSettings | None = None,
+    default: str | None = None,
     dtype: str = "float32",
-) -> Path:
-    """Writes a pipeline folder, aside and renamed: whoever sees `path` sees all of it. Returns `path`.
+) -> None:
+    """Writes a pipeline folder with one or more transformers, aside and renamed: whoever sees `path` sees all of it.
 
-    student: a second transformer beside the pipeline's own, then the default; settings: how it is sampled (four uniform Euler steps).
-    dtype: of the weights on disk, "float32", "float16" or "bfloat16".
+    models, settings: by name ("student", "teacher"); each goes to the folder its settings name. default: the first if not given.
     """
-    pipelines = [pipe]
-    if student is not None:
-        chosen = SamplerSettings(folder="student", steps=4) if settings is None else settings
-        pipelines.insert(0, Pipeline(student, pipe.vae, pipe.text_encoder, chosen, name="student"))
-    elif settings is not None:
-        raise ValueError("settings are those of the student; give student=, or set them in the pipeline")
-    return write_pipelines(path, pipelines, dtype=dtype)
-
-
-def write_pipelines(path: str | Path, pipelines: Sequence[Pipeline], *, dtype: str = "float32") -> Path:
-    """Writes pipelines that share autoencoder and text encoder as one folder; the first is the default."""
     from .training.common import atomic_folder
 
-    names = [pipe.name for pipe in pipelines]
-    folders = [pipe.settings.folder for pipe in pipelines]
-    if not names or len(set(names)) != len(names) or len(set(folders)) != len(folders) or set(folders) & set(_SHARED):
+    if not models or set(models) != set(settings):
+        raise ValueError(f"models and settings must have the same names, at least one, got {sorted(models)} and {sorted(settings)}")
+    default = default or next(iter(models))
+    folders = [s.folder for s in settings.values()]
+    if default not in models or len(set(folders)) != len(folders) or {"vae", "text_encoder", "scheduler"} & set(folders):
         raise ValueError(
-            f"each transformer needs a name and a folder of its own, got the names {names} and the folders {folders}"
+            f"default must be one of {', '.join(models)} and each model needs a folder of its own, got {default!r} and {folders}"
         )
-    first = pipelines[0]
+    for name, model in models.items():
+        Pipeline(model, vae, text, settings[name])  # checks that they fit
     index: dict[str, Any] = {"_class_name": "LADDPipeline"}
     with atomic_folder(Path(path)) as folder:
-        for pipe in pipelines:
-            pipe.transformer.save_pretrained(folder / pipe.settings.folder, dtype=dtype)
-            index[pipe.settings.folder] = ["diffusers", "SD3Transformer2DModel"]
-        first.vae.save_pretrained(folder / "vae", dtype=dtype)
-        first.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
+        for name, model in models.items():
+            model.save_pretrained(folder / settings[name].folder, dtype=dtype)
+            index[settings[name].folder] = ["diffusers", TRANSFORMER_CLASS]
+        vae.save_pretrained(folder / "vae", dtype=dtype)
+        text.save_pretrained(folder / "text_encoder", dtype=dtype)
         (folder / "scheduler").mkdir()
         scheduler = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
-            "shift": first.settings.shift,
+            "shift": settings[default].shift,
         }
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        models = {pipe.name: to_dict(pipe.settings) for pipe in pipelines}
-        write_json(folder / "ladd.json", {"default": first.name, "models": models})
-        write_json(folder / "model_index.json", index | _SHARED)
-    return Path(path)
-
-
-def latent_provenance(pipe: Pipeline) -> dict[str, Any]:
-    """What latents and their text must have been made with to serve this pipeline's transformers."""
-    from .training.common import sha256
-
-    return {
-        "autoencoder": sha256(pipe.vae.flat),
-        "scaling_factor": pipe.vae.config.scaling_factor,
-        "shift_factor": pipe.vae.config.shift_factor,
-        "text_encoder": sha256(pipe.text_encoder.flat),
-    }
+        index |= {
+            "vae": ["diffusers", "AutoencoderKL"],
+            "text_encoder": ["ladd", "WordEncoder"],
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        }
+        write_json(folder / "ladd.json", {"default": default, "models": {n: to_dict(s) for n, s in settings.items()}})
+        write_json(folder / "model_index.json", index)

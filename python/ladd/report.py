@@ -94,7 +94,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     marks = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
-    return [mark for mark in marks if low * 0.999 <= mark <= high * 1.001] or [low]
+    inside = [mark for mark in marks if low * 0.999 <= mark <= high * 1.001]
+    return inside if len(inside) > 1 else ticks(low, high)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -122,15 +123,15 @@ def _axis(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 def chart_svg(chart: Chart) -> str:
     """The chart as an inline SVG whose colours come from the page's style."""
-    kept = []
-    for series in chart.series:
+    kept = []  # (number of the series, its points)
+    for number, series in enumerate(chart.series):
         points = [
             (float(x), float(y))
             for x, y in zip(series.x, series.y, strict=True)
             if math.isfinite(x) and math.isfinite(y) and (x > 0 or not chart.log_x) and (y > 0 or not chart.log_y)
         ]
         if points:
-            kept.append((series.name, points))
+            kept.append((number, points))
     if not kept:
         return f'<p class="empty">{html.escape(chart.title)}: no values</p>'
     x_low, x_high = _axis([x for _, points in kept for x, _ in points], chart.log_x)
@@ -160,10 +161,8 @@ def chart_svg(chart: Chart) -> str:
     for tick in marks:
         parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_label(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(
-        f'<text class="axis" x="{middle:.0f}" y="{_HEIGHT - 5}" text-anchor="middle">{html.escape(chart.x_label)}</text>'
-    )
-    for number, (_, points) in enumerate(kept):
+    parts.append(f'<text class="axis" x="{middle:.0f}" y="{_HEIGHT - 5}" text-anchor="middle">{html.escape(chart.x_label)}</text>')
+    for number, points in kept:
         drawn = [("line", points)]
         if chart.smooth:
             means = running_mean([y for _, y in points], max(1, len(points) // 25))
@@ -241,9 +240,7 @@ def _pictures(page: Page) -> str:
     rows = []
     for strip in page.strips:
         if len(strip.images) != len(page.prompts):
-            raise ValueError(
-                f"strip {strip.label!r} must have {len(page.prompts)} pictures, one a prompt, got {len(strip.images)}"
-            )
+            raise ValueError(f"strip {strip.label!r} must have {len(page.prompts)} pictures, one a prompt, got {len(strip.images)}")
         cells = "".join(
             f'<td><img alt="{html.escape(f"{prompt}, {strip.label}", quote=True)}" src="{_picture(image)}"></td>'
             for prompt, image in zip(page.prompts, strip.images, strict=True)

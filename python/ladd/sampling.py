@@ -293,9 +293,7 @@ class _Run:
                 raise ValueError(f"size must be that of latents, {shape[2:]}, got {tuple(size)}")
             return shape[1:]
         if size is None or channels is None:
-            raise ValueError(
-                "size=(H, W) must be given" if channels is not None else "latents must be given for a model without a config"
-            )
+            raise ValueError("size=(H, W) must be given" if channels is not None else "latents must be given for a model without a config")
         if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in size):
             raise ValueError(f"size must be (H, W), two integers of at least 1, got {size!r}")
         return channels, int(size[0]), int(size[1])

@@ -78,9 +78,7 @@ def mmdit_from_single(tensors: dict[str, TensorRef], where: str) -> dict[str, Te
         return tensors
     depth = _depth(tensors, r"joint_blocks\.(\d{1,3})\.")
     if depth == 0:
-        raise ValueError(
-            f"{where} holds no MMDiT: expected tensors named [model.diffusion_model.]joint_blocks.* or transformer_blocks.*"
-        )
+        raise ValueError(f"{where} holds no MMDiT: expected tensors named [model.diffusion_model.]joint_blocks.* or transformer_blocks.*")
     result: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():
         for new, ref in _mmdit_rename(name, tensor, depth):
@@ -112,9 +110,7 @@ def _mmdit_rename(name: str, tensor: TensorRef, depth: int) -> list[tuple[str, T
     return [(name, tensor)]  # unknown: the strict check will name it
 
 
-def mmdit_to_single(
-    tensors: Mapping[str, Array], config: MMDiTConfig, prefix: str = "model.diffusion_model."
-) -> dict[str, Array]:
+def mmdit_to_single(tensors: Mapping[str, Array], config: MMDiTConfig, prefix: str = "model.diffusion_model.") -> dict[str, Array]:
     """The original layout of a transformer's tensors."""
     last = config.num_layers - 1
     top = {v: k for k, v in _TOP.items()}
@@ -146,8 +142,7 @@ def mmdit_config(shapes: Shapes, where: str) -> MMDiTConfig:
     def need(name: str, rank: int) -> tuple[int, ...]:
         if name not in shapes or len(shapes[name]) != rank or 0 in shapes[name]:
             raise ValueError(
-                f"{where}: cannot tell the configuration: expected {name} with {rank} dimensions, "
-                f"got {shapes.get(name, 'no such tensor')}"
+                f"{where}: cannot tell the configuration: expected {name} with {rank} dimensions, got {shapes.get(name, 'no such tensor')}"
             )
         return shapes[name]
 
@@ -199,9 +194,7 @@ def autoencoder_from_single(tensors: dict[str, TensorRef], where: str) -> dict[s
         if f"{prefix}encoder.conv_in.weight" in tensors:
             break
     else:
-        raise ValueError(
-            f"{where} holds no autoencoder: expected encoder.conv_in.weight, plain or after {' or '.join(_VAE_PREFIXES[:2])}"
-        )
+        raise ValueError(f"{where} holds no autoencoder: expected encoder.conv_in.weight, plain or after {' or '.join(_VAE_PREFIXES[:2])}")
     parts = tuple(prefix + p for p in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
     tensors = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(parts)}
     if any(".down_blocks." in n for n in tensors):
@@ -220,9 +213,7 @@ def _vae_rename(name: str, levels: int) -> str:
     name = name.replace("nin_shortcut", "conv_shortcut")
     name = re.sub(r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2.", name)
     name = re.sub(r"^encoder\.down\.(\d+)\.downsample\.conv\.", r"encoder.down_blocks.\1.downsamplers.0.conv.", name)
-    name = re.sub(
-        r"^decoder\.up\.(\d+)\.block\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets.{m[2]}.", name
-    )
+    name = re.sub(r"^decoder\.up\.(\d+)\.block\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets.{m[2]}.", name)
     name = re.sub(
         r"^decoder\.up\.(\d+)\.upsample\.conv\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0.conv.", name
     )
@@ -237,8 +228,7 @@ def autoencoder_config(shapes: Shapes, where: str) -> AutoencoderKLConfig:
     def need(name: str) -> tuple[int, ...]:
         if name not in shapes or len(shapes[name]) != 4:
             raise ValueError(
-                f"{where}: cannot tell the configuration: expected {name} with 4 dimensions, "
-                f"got {shapes.get(name, 'no such tensor')}"
+                f"{where}: cannot tell the configuration: expected {name} with 4 dimensions, got {shapes.get(name, 'no such tensor')}"
             )
         return shapes[name]
 

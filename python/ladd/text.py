@@ -1,7 +1,7 @@
 """WordEncoder: text by a table of learned word vectors, trained together with the teacher.
 
-A caption's words become ids of a vocabulary; the context is a vector a word plus a vector a place, the pooled text is the mean
-over the caption's words. Small enough for any machine, and honest about what it does not know: unknown words are reported.
+A caption's words become ids of a vocabulary; the context is a vector a word plus a vector a place, the pooled text is the mean over the
+caption's words. Small enough for any machine, and honest about what it does not know: unknown words are reported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import _core, _purposes
 from .arrays import Array, as_float32
-from .config import from_dict, load_json
+from .config import check_keys, load_json
 from .weights import check_names, finite_weights, model_folder, read_folder, save_model
 
 PADDING, UNKNOWN, EMPTY = 0, 1, 2
@@ -42,41 +41,27 @@ def build_vocabulary(captions: Iterable[str], *, min_count: int = 1) -> list[str
     return sorted(word for word, count in counts.items() if count >= min_count)
 
 
-@dataclass(frozen=True)
-class WordEncoderConfig:
-    """Sizes of a WordEncoder."""
-
-    max_tokens: int = 16  # T, places for words
-    context_dim: int = 128  # J
-    pooled_dim: int = 128  # P; with P = J words have one vector for both uses
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
-                raise ValueError(f"WordEncoderConfig.{field.name} must be an integer in [1, 65536], got {value!r}")
-
-
 class WordEncoder:
     """Word vectors E[V,J], place vectors [T,J], and for pooled text a table of its own [V,P]: E itself when P equals J."""
 
-    def __init__(self, vocabulary: Sequence[str], config: WordEncoderConfig | None = None, *, seed: int = 0) -> None:
-        config = WordEncoderConfig() if config is None else config
+    def __init__(
+        self, vocabulary: Sequence[str], *, max_words: int = 16, context_dim: int = 128, pooled_dim: int = 128, seed: int = 0
+    ) -> None:
+        for name, value in (("max_words", max_words), ("context_dim", context_dim), ("pooled_dim", pooled_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
+                raise ValueError(f"{name} must be an integer in [1, 65536], got {value!r}")
         vocabulary = tuple(vocabulary)
         if not vocabulary or not all(isinstance(word, str) and words(word) == [word] for word in vocabulary):
             bad = next((w for w in vocabulary if not isinstance(w, str) or words(w) != [w]), None)
             raise ValueError(f"vocabulary must hold single words in lower case, at least one, got {bad!r}")
         if len(set(vocabulary)) != len(vocabulary):
             raise ValueError(f"vocabulary must hold each word once, got {Counter(vocabulary).most_common(1)[0][0]!r} twice")
-        self.vocabulary, self.config = vocabulary, config
+        self.vocabulary, self.max_words, self.context_dim, self.pooled_dim = vocabulary, max_words, context_dim, pooled_dim
         self._ids = {word: i for i, word in enumerate(vocabulary, start=len(SPECIAL))}
         rows = len(vocabulary) + len(SPECIAL)
-        self._shapes = {
-            "word_embedding.weight": (rows, config.context_dim),
-            "position_embedding.weight": (config.max_tokens, config.context_dim),
-        }
-        if config.pooled_dim != config.context_dim:
-            self._shapes["pooled_embedding.weight"] = (rows, config.pooled_dim)
+        self._shapes = {"word_embedding.weight": (rows, context_dim), "position_embedding.weight": (max_words, context_dim)}
+        if pooled_dim != context_dim:
+            self._shapes["pooled_embedding.weight"] = (rows, pooled_dim)
         self.flat: Array = np.zeros(sum(r * c for r, c in self._shapes.values()), dtype=np.float32)
         self.flat_grad: Array = np.zeros_like(self.flat)
         self._tensors, self._grads = self._views(self.flat), self._views(self.flat_grad)
@@ -102,9 +87,9 @@ class WordEncoder:
         """Ids [B,T] of prompts, padded with 0; words beyond T are cut."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
-        ids = np.zeros((len(prompts), self.config.max_tokens), dtype=np.int64)
+        ids = np.zeros((len(prompts), self.max_words), dtype=np.int64)
         for row, prompt in zip(ids, prompts):
-            found = [self._ids.get(word, UNKNOWN) for word in words(prompt)][: self.config.max_tokens] or [EMPTY]
+            found = [self._ids.get(word, UNKNOWN) for word in words(prompt)][: self.max_words] or [EMPTY]
             row[: len(found)] = found
         return ids
 
@@ -119,18 +104,16 @@ class WordEncoder:
         if unknown:
             warnings.warn(f"words that the model has not learned: {', '.join(unknown)}", UserWarning, stacklevel=2)
         longest = max((len(words(prompt)) for prompt in prompts), default=0)
-        if longest > self.config.max_tokens:
-            warnings.warn(
-                f"a prompt has {longest} words, only the first {self.config.max_tokens} are used", UserWarning, stacklevel=2
-            )
+        if longest > self.max_words:
+            warnings.warn(f"a prompt has {longest} words, only the first {self.max_words} are used", UserWarning, stacklevel=2)
         return self.encode_ids(ids)
 
     def encode_ids(self, ids: NDArray[np.int64]) -> tuple[Array, Array]:
         """As encode, for ids [B,T] of ids()."""
         ids = np.asarray(ids)
         rows = self._shapes["word_embedding.weight"][0]
-        if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.shape[1] != self.config.max_tokens:
-            raise ValueError(f"ids must be integers of shape [B, {self.config.max_tokens}], got {ids.dtype} {list(ids.shape)}")
+        if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.shape[1] != self.max_words:
+            raise ValueError(f"ids must be integers of shape [B, {self.max_words}], got {ids.dtype} {list(ids.shape)}")
         if ids.size and (ids.min() < 0 or ids.max() >= rows):
             raise ValueError(f"ids must be in [0, {rows}), got {ids.min()} to {ids.max()}")
         self._last = ids.astype(np.int64)
@@ -151,17 +134,17 @@ class WordEncoder:
         ids = self._last if ids is None else np.asarray(ids)
         if ids is None:
             raise RuntimeError("backward needs an encode before it, or ids=")
-        dc = as_float32(dcontext, "dcontext", (*ids.shape, self.config.context_dim))
-        dp = as_float32(dpooled, "dpooled", (len(ids), self.config.pooled_dim))
+        dc = as_float32(dcontext, "dcontext", (*ids.shape, self.context_dim))
+        dp = as_float32(dpooled, "dpooled", (len(ids), self.pooled_dim))
         real, count = self._real(ids)
         each = real[:, :, None] * (dp / count[:, None])[:, None, :]
         self._grads["position_embedding.weight"] += dc.sum(axis=0)
         # np.add.at adds row after row in the order of the ids: the same bits every time.
         if "pooled_embedding.weight" in self._grads:
-            np.add.at(self._grads["word_embedding.weight"], ids.reshape(-1), dc.reshape(-1, self.config.context_dim))
-            np.add.at(self._grads["pooled_embedding.weight"], ids.reshape(-1), each.reshape(-1, self.config.pooled_dim))
+            np.add.at(self._grads["word_embedding.weight"], ids.reshape(-1), dc.reshape(-1, self.context_dim))
+            np.add.at(self._grads["pooled_embedding.weight"], ids.reshape(-1), each.reshape(-1, self.pooled_dim))
         else:
-            np.add.at(self._grads["word_embedding.weight"], ids.reshape(-1), (dc + each).reshape(-1, self.config.context_dim))
+            np.add.at(self._grads["word_embedding.weight"], ids.reshape(-1), (dc + each).reshape(-1, self.context_dim))
 
     # ---- weights ----
 
@@ -183,13 +166,18 @@ class WordEncoder:
             self._tensors[name][...] = array
 
     def copy(self) -> Self:
-        twin = type(self)(self.vocabulary, self.config)
+        twin = type(self)(self.vocabulary, max_words=self.max_words, context_dim=self.context_dim, pooled_dim=self.pooled_dim)
         twin.flat[:] = self.flat
         return twin
 
     def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
         """A folder text_encoder/: config.json (with the vocabulary) and model.safetensors."""
-        config = {**asdict(self.config), "vocabulary": list(self.vocabulary)}
+        config = {
+            "max_words": self.max_words,
+            "context_dim": self.context_dim,
+            "pooled_dim": self.pooled_dim,
+            "vocabulary": list(self.vocabulary),
+        }
         save_model(path, type(self).__name__, config, self._tensors, dtype=dtype, stem=_STEM)
 
     @classmethod
@@ -198,12 +186,12 @@ class WordEncoder:
         folder = model_folder(path, "text_encoder")
         table = load_json(folder / "config.json")
         if table.pop("_class_name", None) != cls.__name__:
-            raise ValueError(
-                f"{folder} holds another text encoder than {cls.__name__}; encode the text with it and call ladd.sample"
-            )
-        vocabulary = table.pop("vocabulary", None)
-        if not isinstance(vocabulary, list):
-            raise ValueError(f"{folder / 'config.json'}: vocabulary must be a list of words, got {type(vocabulary).__name__}")
-        encoder = cls(vocabulary, from_dict(WordEncoderConfig, table, str(folder / "config.json")))
+            raise ValueError(f"{folder} holds another text encoder than {cls.__name__}; encode the text with it and call ladd.sample")
+        keys = ("max_words", "context_dim", "pooled_dim", "vocabulary")
+        check_keys(str(folder / "config.json"), table, keys)
+        missing = [key for key in keys if key not in table]
+        if missing or not isinstance(table["vocabulary"], list):
+            raise ValueError(f"{folder / 'config.json'}: {f'missing {missing[0]}' if missing else 'vocabulary must be a list of words'}")
+        encoder = cls(table.pop("vocabulary"), **table)
         encoder.load_state_dict(dict(read_folder(folder, stem=_STEM)))
         return encoder

@@ -152,8 +152,7 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> tuple[int, int
     expected = math.prod(shape) * np.dtype(_FORMATS[dtype][0]).itemsize
     if not begin <= end <= data or end - begin != expected:
         raise ValueError(
-            f"{path}: tensor {name!r} of shape {shape} in {dtype} needs {expected} bytes, "
-            f"the header gives bytes {begin} to {end} of {data}"
+            f"{path}: tensor {name!r} of shape {shape} in {dtype} needs {expected} bytes, the header gives bytes {begin} to {end} of {data}"
         )
     return begin, end, tuple(shape), dtype
 
@@ -270,9 +269,7 @@ def read_folder(folder: Path, *, stem: str = STEM, variant: str | None = None) -
 
 def _variants(folder: Path, stem: str) -> list[str]:
     names = [p.name[len(stem) + 1 : -len(".safetensors")] for p in folder.glob(f"{stem}.*.safetensors")]
-    names += [
-        p.name[len(stem) + len(".safetensors.index.") : -len(".json")] for p in folder.glob(f"{stem}.safetensors.index.*.json")
-    ]
+    names += [p.name[len(stem) + len(".safetensors.index.") : -len(".json")] for p in folder.glob(f"{stem}.safetensors.index.*.json")]
     found = sorted({n for n in names if n and "." not in n and "-of-" not in n})
     if len(found) > 1:
         raise ValueError(f"{folder} has the variants {', '.join(found)}; name one by variant=")
@@ -314,17 +311,13 @@ def finite_weights(name: str, value: Any) -> Array:
     return array
 
 
-def check_names(
-    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str, strict: bool = True
-) -> None:
+def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str, strict: bool = True) -> None:
     """Raises one ValueError that lists missing, unexpected and misshapen tensors; without `strict` misshapen ones alone."""
     problems = []
     missing = sorted(n for n in expected if n not in given)
     unexpected = sorted(n for n in given if n not in expected)
     misshapen = [
-        f"{n} (expected {list(s)}, got {list(given[n])})"
-        for n, s in expected.items()
-        if n in given and tuple(given[n]) != tuple(s)
+        f"{n} (expected {list(s)}, got {list(given[n])})" for n, s in expected.items() if n in given and tuple(given[n]) != tuple(s)
     ]
     if strict and missing:
         problems.append(f"{len(missing)} missing: {_some(missing)}")
@@ -385,9 +378,7 @@ def load_autoencoder(
     """As load_mmdit, for the autoencoder."""
     from .single_file import autoencoder_config, autoencoder_from_single, rename_legacy
 
-    config, tensors = _load(
-        path, "vae", AutoencoderKLConfig, "AutoencoderKL", config, variant, autoencoder_from_single, autoencoder_config
-    )
+    config, tensors = _load(path, "vae", AutoencoderKLConfig, "AutoencoderKL", config, variant, autoencoder_from_single, autoencoder_config)
     return config, rename_legacy(tensors)
 
 

@@ -56,6 +56,7 @@ static void attention(const ladd_context *ctx, int B, int heads, int dh, int n0,
 static void conv2d(const ladd_context *ctx, ladd_conv c) {
     c.Ho = (c.H + c.pad_top + c.pad_bottom - c.kh) / c.stride + 1;
     c.Wo = (c.W + c.pad_left + c.pad_right - c.kw) / c.stride + 1;
+    if (c.upsample) c.Ho = 2 * c.H, c.Wo = 2 * c.W;
     int64_t n_y = (int64_t)c.B * c.Cout * c.Ho * c.Wo, n_x = (int64_t)c.B * c.Cin * c.H * c.W, n_w = (int64_t)c.Cout * c.Cin * c.kh * c.kw;
     float *y = odd(n_y, 14), *x = odd(n_x, 15), *w = odd(n_w, 16), *bias = odd(c.Cout, 17), *dx = odd(n_x, 18), *dw = odd(n_w, 19),
           *db = odd(c.Cout, 20);
@@ -191,6 +192,32 @@ void test_kernels(void) {
         {.B = 1, .Cin = 4, .H = 2, .W = 1, .Cout = 3, .kh = 9, .kw = 9, .stride = 1, .pad_top = 4, .pad_left = 4, .pad_bottom = 4, .pad_right = 4},
         {.B = 1, .Cin = 33, .H = 9, .W = 20, .Cout = 34, .kh = 3, .kw = 3, .stride = 1, .pad_top = 1, .pad_left = 1, .pad_bottom = 1, .pad_right = 1},
         {.B = 2, .Cin = 5, .H = 3, .W = 3, .Cout = 70, .kh = 1, .kw = 1, .stride = 1},
+        {.B = 1,
+         .Cin = 1,
+         .H = 1,
+         .W = 1,
+         .Cout = 1,
+         .kh = 3,
+         .kw = 3,
+         .stride = 1,
+         .pad_top = 1,
+         .pad_left = 1,
+         .pad_bottom = 1,
+         .pad_right = 1,
+         .upsample = 1},
+        {.B = 2,
+         .Cin = 5,
+         .H = 7,
+         .W = 9,
+         .Cout = 18,
+         .kh = 3,
+         .kw = 3,
+         .stride = 1,
+         .pad_top = 1,
+         .pad_left = 1,
+         .pad_bottom = 1,
+         .pad_right = 1,
+         .upsample = 1},
     };
     for (size_t i = 0; i < sizeof convs / sizeof *convs; i++) conv2d(&ctx, convs[i]);
     norms(&ctx, 1, 1, 2, 1);

@@ -81,7 +81,7 @@ def test_autoencoder_values_and_every_gradient(name: str) -> None:
     decoded, saved = model.decode(inputs["z"], keep=True)
     support.assert_close(decoded, reference["decoded"], support.FORWARD, "decoded")
     support.assert_close(saved.backward(inputs["dimages"]), reference["dz"], support.BACKWARD, "dz")
-    floor = 1e-4 * max(np.abs(g).max() for g in reference["parameters"].values())
+    floor = 1e-3 * max(np.abs(g).max() for g in reference["parameters"].values())
     check_gradients(model, reference["parameters"], floor)
 
 

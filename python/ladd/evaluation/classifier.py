@@ -134,13 +134,12 @@ class FeatureNetwork:
         size = self.config.size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be [B,3,{size},{size}], got {images.shape}")
-        t, saved, x = self.tensors, [], np.ascontiguousarray(images, np.float32)
+        t, x = self.tensors, np.ascontiguousarray(images, np.float32)
+        saved: list[Any] = []
         for i, stride in enumerate(_CONV_STRIDES):
             h = _core.conv2d_forward(x, t[f"conv.{i}.weight"], t[f"conv.{i}.bias"], stride, _PADDING)
             flat = h.reshape(h.shape[0], h.shape[1], -1)
-            y, mean, rstd = _core.group_norm_forward(
-                flat, t[f"norm.{i}.weight"], t[f"norm.{i}.bias"], self.config.groups, silu=True
-            )
+            y, mean, rstd = _core.group_norm_forward(flat, t[f"norm.{i}.weight"], t[f"norm.{i}.bias"], self.config.groups, silu=True)
             if keep:
                 saved.append((x, h, mean, rstd))
             x = y.reshape(h.shape)
@@ -154,6 +153,9 @@ class FeatureNetwork:
     def backward(self, doutputs: Array, saved: list[Any]) -> None:
         """Adds the gradients of all parameters to `gradients`. doutputs [B, words + backgrounds + 3]."""
         t = self.tensors
+        dx: Any
+        dw: Any  # the kernels return None for gradients that were not asked for; these all are
+        db: Any
         x, h, features = saved[-1]
         dx, dw, db = _core.linear_backward(doutputs, features, t["output.weight"])
         self._add("output", dw, db)
@@ -166,9 +168,7 @@ class FeatureNetwork:
                 dx.reshape(flat), h.reshape(flat), mean, rstd, t[f"norm.{i}.weight"], t[f"norm.{i}.bias"], silu=True
             )
             self._add(f"norm.{i}", dgamma, dbeta)
-            dx, dw, db = _core.conv2d_backward(
-                dh.reshape(h.shape), x, t[f"conv.{i}.weight"], _CONV_STRIDES[i], _PADDING, input=i > 0
-            )
+            dx, dw, db = _core.conv2d_backward(dh.reshape(h.shape), x, t[f"conv.{i}.weight"], _CONV_STRIDES[i], _PADDING, input=i > 0)
             self._add(f"conv.{i}", dw, db)
 
     def _add(self, layer: str, weight: Array, bias: Array) -> None:

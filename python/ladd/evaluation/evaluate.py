@@ -129,7 +129,8 @@ def _check_counts(pictures: int, views: int) -> None:
 
 def to_bytes(images: Array) -> NDArray[np.uint8]:
     """[N,3,H,W] in [-1,1] rounded to 8 bits."""
-    return np.clip(np.rint((np.asarray(images) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    rounded: NDArray[np.uint8] = np.clip(np.rint((np.asarray(images) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    return rounded
 
 
 def from_bytes(images: NDArray[np.uint8]) -> Array:
@@ -156,7 +157,8 @@ def _small(images: NDArray[np.uint8]) -> Array:
     """Pictures at half size as vectors whose Euclidean distance is the root mean square difference on the scale [-1,1]."""
     n, c, h, w = images.shape
     halved = from_bytes(images).reshape(n, c, h // 2, 2, w // 2, 2).mean(axis=(3, 5)).reshape(n, -1)
-    return halved / np.float32(np.sqrt(halved.shape[1]))
+    small: Array = halved / np.float32(np.sqrt(halved.shape[1]))
+    return small
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,7 @@ def measure(
     wanted = np.array([network.config.backgrounds.index(view.background) for view in prompts.views])
     named = prompts.named
     given, truth = (
-        metrics.within_prompt_spread(
-            prompts.group, background=p.background, free=~named, place=p.place, scale=p.scale, features=p.features
-        )
+        metrics.within_prompt_spread(prompts.group, background=p.background, free=~named, place=p.place, scale=p.scale, features=p.features)
         for p in (seen, real)
     )
     kid, kid_deviation = metrics.kernel_distance(seen.features, target)
@@ -232,7 +232,8 @@ def sample(
     for start in range(0, len(texts), batch):
         piece = slice(start, start + batch)
         scale = guidance_scale if row.guided else 1.0
-        result = pipeline(list(texts[piece]), steps=row.steps, guidance_scale=scale, seed=list(seeds[piece]))
+        prompts, own = list(texts[piece]), list(seeds[piece])
+        result = pipeline(prompts, steps=row.steps, guidance_scale=scale, seed=own, batch_size=batch)
         out.append(as_array(result.images, size))
     return np.concatenate(out)
 

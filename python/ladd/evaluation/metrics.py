@@ -36,7 +36,8 @@ def _pair(x: NDArray[np.floating], y: NDArray[np.floating], rows: int) -> tuple[
 def sqrt_psd(matrix: Float64) -> Float64:
     """Symmetric square root of a positive semidefinite matrix [D,D]; eigenvalues that rounding made negative count as zero."""
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    root: Float64 = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return root
 
 
 def frechet_distance(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
@@ -80,8 +81,7 @@ def kernel_distance(
         raise ValueError(f"subsets must be at least 1, got {subsets}")
     draw = np.random.default_rng(seed)
     values = [
-        polynomial_mmd(a[draw.choice(len(a), size, replace=False)], b[draw.choice(len(b), size, replace=False)])
-        for _ in range(subsets)
+        polynomial_mmd(a[draw.choice(len(a), size, replace=False)], b[draw.choice(len(b), size, replace=False)]) for _ in range(subsets)
     ]
     return float(np.mean(values)), float(np.std(values))
 

@@ -95,9 +95,7 @@ class LADD:
         self._check_models()
         self.loss = losses.by_name(self.config.loss)
         d, g = discriminator._core, student._core
-        self.discriminator_optimizer = common.AdamW(
-            [(d.flat_trainable, d.flat_grad)], self.config.discriminator, "the discriminator"
-        )
+        self.discriminator_optimizer = common.AdamW([(d.flat_trainable, d.flat_grad)], self.config.discriminator, "the discriminator")
         self.student_optimizer = common.AdamW([(g.flat_trainable, g.flat_grad)], self.config.student, "the student")
         self.ema = common.EMA([g.flat_trainable], self.config.ema_decay)
         self.rate_scale = 1.0
@@ -189,9 +187,7 @@ class LADD:
         for i in range(0, len(z), n):
             rows = slice(i, min(i + n, len(z)))
             samples = np.arange(rows.start, rows.stop, dtype=np.int64)
-            out.append(
-                Part(z[rows], y[rows], p[rows], None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows))
-            )
+            out.append(Part(z[rows], y[rows], p[rows], None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows)))
         return out
 
     # ---- passes through the networks ----
@@ -215,9 +211,7 @@ class LADD:
         return FakePass(features, noised, saved)
 
     def _renoised_real(self, part: Part) -> Array:
-        return _core.renoise(
-            part.latents, part.draws.t_hat_real, self.config.seed, _purposes.RENOISE_REAL, part.draws.key, part.samples
-        )
+        return _core.renoise(part.latents, part.draws.t_hat_real, self.config.seed, _purposes.RENOISE_REAL, part.draws.key, part.samples)
 
     def _heads(
         self, features: list[Array], t_hat: Array, part: Part, *, update_u: bool = False, keep: bool = True
@@ -415,6 +409,7 @@ class LADDData:
 
     teacher: str = "openmoji"
     latents: str = "out/openmoji/latents"
+    allow_noise_latents: bool = False  # train although the latents look like standard normal noise
 
 
 SECTIONS: dict[str, type] = {"data": LADDData, "ladd": LADDConfig, "discriminator": dict, "run": LADDRun}
@@ -454,7 +449,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     shape = shards.latent_shape
     student = teacher.copy()
     heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), seed=ladd_config.seed)
-    trainer = LADD(student, teacher, heads, ladd_config)
+    trainer = LADD(student, teacher, heads, ladd_config, allow_noise_latents=parts["data"].allow_noise_latents)
     if dry_run:
         rows = min(settings.batch, ladd_config.micro_batch or settings.batch)
         tokens = pipe.text.max_words

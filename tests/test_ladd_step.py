@@ -1,0 +1,257 @@
+"""A whole distillation step against the float64 oracle, and what must hold for any step: frozen teacher, same bits, exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import support
+from oracle import autodiff as ad
+from oracle import discriminator as disc_oracle
+from oracle import ladd_step, mmdit, philox
+from support import mmdit_config, normal, same_bits
+
+import ladd
+from ladd import _core, _purposes
+from ladd.config import AdamWConfig, LADDConfig
+
+Array = np.ndarray
+BATCH, HEIGHT, WIDTH, TEXT = 3, 8, 6, 5
+MMDIT = mmdit_config(num_layers=3, qk_norm="rms_norm", dual_attention_layers=(0,))
+DISC: dict[str, Any] = {
+    "feature_dim": 16,
+    "taps": (0, 2),
+    "pooled_dim": 10,
+    "width": 8,
+    "num_groups": 2,
+    "condition_dim": 6,
+}
+# A large eps makes the first update a smooth function of the gradient; with a small one it is the gradient's sign.
+ADAMW = AdamWConfig(lr=3e-3, beta1=0.5, eps=1e-2, weight_decay=0.02, clip_norm=0.7)
+
+
+def make_trainer(**changes: Any) -> ladd.LADD:
+    teacher, student = ladd.MMDiT(MMDIT), ladd.MMDiT(MMDIT)
+    for model, seed in ((teacher, 21), (student, 22)):
+        model.load_state_dict({**model.state_dict(), **support.seeded_weights(mmdit.parameter_shapes(MMDIT), seed)})
+    heads = ladd.Discriminator(ladd.DiscriminatorConfig(**DISC), seed=5)
+    config = LADDConfig(**{"seed": 77, "student": ADAMW, "discriminator": ADAMW, "share_t_hat": False, **changes})
+    return ladd.LADD(student, teacher, heads, config)
+
+
+def data(seed: int = 1) -> tuple[Array, Array, Array]:
+    smooth = normal(seed, BATCH, 4, 1, 1) + np.float32(0.3) * normal(seed + 1, BATCH, 4, HEIGHT, WIDTH)
+    return smooth, normal(seed + 2, BATCH, TEXT, 12), normal(seed + 3, BATCH, 10)
+
+
+def run_oracle(trainer: ladd.LADD, batch: tuple[Array, Array, Array], loss: str) -> tuple[ladd_step.Result, ladd_step.Draws]:
+    """What the first step of this trainer has to do; call it before the step."""
+    times = make_trainer(**{"loss": loss})._next_draws(BATCH)
+    shape, samples, seed = batch[0].shape, np.arange(BATCH), trainer.config.seed
+    noise = [
+        philox.normal(shape, seed, purpose, 0, samples)
+        for purpose in (_purposes.STUDENT_NOISE, _purposes.RENOISE_FAKE, _purposes.RENOISE_REAL)
+    ]
+    draws = ladd_step.Draws(times.t, noise[0], times.t_hat_fake, noise[1], times.t_hat_real, noise[2])
+    optimizer = ladd_step.Optimizer(ADAMW.lr, ADAMW.beta1, ADAMW.beta2, ADAMW.eps, ADAMW.weight_decay, ADAMW.clip_norm)
+    disc_config = trainer.discriminator.config.to_dict()
+    weights = (trainer.student.state_dict(), trainer.teacher.state_dict(), trainer.discriminator.state_dict())
+    return ladd_step.run((MMDIT, MMDIT, disc_config), weights, batch, draws, loss, (optimizer, optimizer)), draws
+
+
+def first_gradients(optimizer: Any, core: Any) -> dict[str, Array]:
+    """The gradients of the first update, taken back out of the first moment: m = (1 - beta1) clip g."""
+    flat, at, out = optimizer.m[0] / np.float32(1 - ADAMW.beta1), 0, {}
+    for name in core.trainable_names():
+        shape = core.tensors()[name].shape
+        out[name] = flat[at : at + int(np.prod(shape))].reshape(shape)
+        at += int(np.prod(shape))
+    return out
+
+
+def clipped(gradients: dict[str, Array]) -> tuple[dict[str, Array], float]:
+    norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
+    return {name: g * min(1.0, ADAMW.clip_norm / norm) for name, g in gradients.items()}, norm
+
+
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "lsgan", "bce"])
+def test_step_equals_the_oracle(loss: str) -> None:
+    trainer, batch = make_trainer(loss=loss), data()
+    wanted, _ = run_oracle(trainer, batch, loss)
+    metrics = trainer.step(*batch)
+    assert abs(metrics["loss_d"] - wanted.d_loss) < 1e-5 * abs(wanted.d_loss)
+    assert abs(metrics["loss_g"] - wanted.g_loss) < 1e-4 * abs(wanted.g_loss) + 1e-5
+    for what, gradients, optimizer, core, norm in (
+        ("discriminator", wanted.d_gradients, trainer.discriminator_optimizer, trainer.discriminator._core, metrics["grad_norm_d"]),
+        ("student", wanted.student_gradients, trainer.student_optimizer, trainer.student._core, metrics["grad_norm_g"]),
+    ):
+        references, reference_norm = clipped(gradients)
+        assert abs(norm - reference_norm) < 1e-4 * reference_norm
+        found = first_gradients(optimizer, core)
+        floor = 1e-4 * max(np.abs(g).max() for g in references.values())
+        assert set(found) == set(references)
+        for name, reference in references.items():
+            support.assert_close(found[name], reference, support.BACKWARD, f"gradient of the {what}'s {name}", floor)
+    for what, reference_weights, model in (
+        ("discriminator", wanted.d_weights, trainer.discriminator),
+        ("student", wanted.student_weights, trainer.student),
+    ):
+        for name, value in model.state_dict().items():
+            support.assert_close(value, reference_weights[name], 1e-4, f"the {what}'s {name} after its update")
+
+
+def test_student_equals_teacher_in_the_first_forward() -> None:
+    """With the heads' rate at 0 and a student that is the teacher, the generator's loss is that of the heads as they were."""
+    trainer = make_trainer(discriminator=AdamWConfig(lr=0.0))
+    trainer.student.load_state_dict(trainer.teacher.state_dict())
+    batch = data(9)
+    wanted, _ = run_oracle(trainer, batch, "hinge")
+    metrics = trainer.step(*batch)
+    assert abs(metrics["loss_d"] - wanted.d_loss) < 1e-5 * abs(wanted.d_loss)
+
+
+def test_only_student_and_heads_change() -> None:
+    trainer = make_trainer()
+    before = {name: getattr(trainer, name).state_dict() for name in ("student", "teacher", "discriminator")}
+    batch = data()
+    copies = [x.copy() for x in batch]
+    for _ in range(2):
+        trainer.step(*batch)
+    assert all(same_bits(a, b) for a, b in zip(batch, copies, strict=True)), "the batch was changed"
+    after = {name: getattr(trainer, name).state_dict() for name in before}
+    assert all(same_bits(value, after["teacher"][name]) for name, value in before["teacher"].items())
+    assert not any(value.any() for value in trainer.teacher.gradients().values()), "the teacher received gradients"
+    table = "pos_embed.pos_embed"
+    for model in ("student", "discriminator"):
+        still = [name for name, value in before[model].items() if same_bits(value, after[model][name]) and name != table]
+        assert [name for name in still if not name.endswith("out.weight_u")] == []  # a vector of one number stays 1 or -1
+    trainer.discriminator_step(*batch)
+    assert all(same_bits(value, after["student"][name]) for name, value in trainer.student.state_dict().items())
+    heads = trainer.discriminator.state_dict()
+    trainer.student_step(*batch)
+    assert all(same_bits(value, heads[name]) for name, value in trainer.discriminator.state_dict().items())
+
+
+def everything(trainer: ladd.LADD) -> list[Array]:
+    return list(trainer.state()[0].values())
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"loss": "logistic", "d_steps": 2, "share_t_hat": True, "share_noise": True},
+    {"r1_weight": 1e-3, "misaligned_weight": 0.5, "distillation_weight": 0.3},
+    {"micro_batch": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
+def test_one_and_two_threads_give_the_same_bits(options: dict[str, Any]) -> None:
+    results, metrics = [], []
+    before = _core.get_num_threads()
+    try:
+        for threads in (1, 2):
+            _core.set_num_threads(threads)
+            trainer = make_trainer(**options)
+            metrics.append([trainer.step(*data(step)) for step in range(1, 4)])
+            results.append([x.copy() for x in everything(trainer)])
+    finally:
+        _core.set_num_threads(before)
+    assert metrics[0] == metrics[1]
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
+def test_resuming_equals_never_having_stopped(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = make_trainer(**options)
+    for step in range(1, 3):
+        whole.step(*data(step))
+    whole.save(tmp_path / "checkpoint")
+    resumed = make_trainer(**options)
+    resumed.load(tmp_path / "checkpoint")
+    for step in range(3, 5):
+        assert whole.step(*data(step)) == resumed.step(*data(step))
+    assert all(same_bits(a, b) for a, b in zip(everything(whole), everything(resumed), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation_weight": 0.3, "share_noise": True}], ids=["default", "distillation"])
+def test_micro_batches_equal_one_batch(options: dict[str, Any]) -> None:
+    whole, parts = make_trainer(**options), make_trainer(**options, micro_batch=1)
+    for step in range(1, 3):
+        one, two = whole.step(*data(step)), parts.step(*data(step))
+        for name, value in one.items():
+            assert abs(value - two[name]) < 1e-4 * max(abs(value), 0.1), name
+    for a, b in zip(everything(whole), everything(parts), strict=True):
+        support.assert_close(b, a, 3e-4, "state")
+
+
+def test_r1_gradient_is_the_penalty_s_slope() -> None:
+    """The finite difference through the heads against the float64 slope of the exact penalty, along the gradient itself."""
+    trainer, batch = make_trainer(r1_weight=1.0, r1_epsilon=1e-4), data()
+    plain = make_trainer(r1_weight=0.0)
+    for t in (trainer, plain):
+        t.discriminator_optimizer.config = AdamWConfig(lr=0.0, beta1=0.0, clip_norm=0.0)
+    metrics = trainer.discriminator_step(*batch)
+    plain.discriminator_step(*batch)
+    gradient = trainer.discriminator_optimizer.m[0].astype(np.float64) - plain.discriminator_optimizer.m[0]
+
+    core = trainer.discriminator._core
+    times = make_trainer()._next_draws(BATCH)
+    noised = _core.renoise(batch[0], times.t_hat_real, trainer.config.seed, _purposes.RENOISE_REAL, 0)
+    features = trainer.teacher.features(noised, times.t_hat_real, *batch[1:], taps=DISC["taps"])
+    weights, names = trainer.discriminator.state_dict(), core.trainable_names()
+    config = trainer.discriminator.config.to_dict()
+
+    def penalty(step: float) -> float:
+        leaves, at = support.leaves(weights), 0
+        for name in names:
+            count = leaves[name].data.size
+            leaves[name].data += step * gradient[at : at + count].reshape(leaves[name].shape)
+            at += count
+        given = [ad.Tensor(f) for f in features]
+        logits = disc_oracle.forward(config, leaves, given, times.t_hat_real, ad.Tensor(batch[2]), (4, 3))
+        ad.backward([(x, 1.0) for x in logits])
+        return sum(float((x.grad**2).sum()) for x in given if x.grad is not None) / BATCH
+
+    assert abs(metrics["r1"] - penalty(0.0)) < 1e-3 * penalty(0.0)
+    h = 1e-4 / np.linalg.norm(gradient)
+    slope = (penalty(h) - penalty(-h)) / (2 * h)
+    assert abs(slope / (gradient @ gradient) - 1) < 0.02
+
+
+def test_bad_batches_are_errors_and_change_nothing() -> None:
+    trainer, (latents, context, pooled) = make_trainer(), data()
+    before = [x.copy() for x in everything(trainer)]
+    nan = latents.copy()
+    nan[0, 0, 0, 0] = np.nan
+    calls: list[tuple[Any, ...]] = [
+        (latents[:, :3], context, pooled),
+        (latents, context[:2], pooled),
+        (latents, context, pooled[:, :4]),
+        (nan, context, pooled),
+        (normal(1, BATCH, 4, 32, 32), context, pooled),
+        (None, context, pooled),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)):
+            trainer.step(*call)
+    assert all(same_bits(a, b) for a, b in zip(before, everything(trainer), strict=True))
+
+
+def test_latents_that_are_noise_are_refused() -> None:
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="noise"):
+        trainer.step(normal(1, 64, 4, HEIGHT, WIDTH), normal(2, 64, TEXT, 12), normal(3, 64, 10))
+
+
+def test_models_that_do_not_fit_are_refused() -> None:
+    good = make_trainer()
+    with pytest.raises(ValueError, match="teacher"):
+        ladd.LADD(good.teacher, good.teacher, good.discriminator)
+    wide = ladd.Discriminator(ladd.DiscriminatorConfig(**{**DISC, "feature_dim": 17}))
+    with pytest.raises(ValueError, match="feature_dim"):
+        ladd.LADD(good.student, good.teacher, wide)
+    deep = ladd.Discriminator(ladd.DiscriminatorConfig(**{**DISC, "taps": (0, 3)}))
+    with pytest.raises(ValueError, match="taps"):
+        ladd.LADD(good.student, good.teacher, deep)

@@ -1,0 +1,339 @@
+"""The trainers: resumed equals uninterrupted to the bit, parts of a batch equal the batch, bad data is refused, kills lose nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ladd
+from ladd.config import AdamWConfig, LADDConfig
+from ladd.data import shards
+from ladd.training import autoencoder, common, generate, teacher
+from ladd.training import ladd as distillation
+
+Array = np.ndarray
+
+MMDIT = {
+    "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
+    "joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 12, "pos_embed_max_size": 8, "qk_norm": "rms_norm",
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [8, 8, 8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4, "use_quant_conv": False,
+    "use_post_quant_conv": False, "mid_block_add_attention": False,
+}  # fmt: skip
+TEXT = {"max_words": 16, "context_dim": 12, "pooled_dim": 12}
+
+
+def stirred(model: Any, seed: int) -> Any:
+    """A model whose zero-initialised parts are not zero, so that every gradient path carries something."""
+    flat = model._core.flat_trainable
+    flat += np.random.default_rng(seed).standard_normal(flat.size).astype(np.float32) * np.float32(0.05)
+    return model
+
+
+def smooth(batch: int, seed: int = 0) -> Array:
+    """Latents with correlated neighbours, as pictures have."""
+    z = np.random.default_rng(seed).standard_normal((batch, 4, 4, 4)).astype(np.float32)
+    return np.ascontiguousarray(np.repeat(np.repeat(z, 2, 2), 2, 3))
+
+
+def data(batch: int = 6, seed: int = 0) -> tuple[Array, Array, Array]:
+    rng = np.random.default_rng(seed + 100)
+    context = rng.standard_normal((batch, 5, 12)).astype(np.float32)
+    return smooth(batch, seed), context, rng.standard_normal((batch, 12)).astype(np.float32)
+
+
+def trainer(**settings: Any) -> distillation.LADD:
+    model = stirred(ladd.MMDiT(MMDIT, seed=1), 1)
+    heads = ladd.Discriminator(
+        ladd.DiscriminatorConfig(feature_dim=16, taps=(0, 1), pooled_dim=12, width=8, num_groups=2, condition_dim=4), seed=2
+    )
+    return distillation.LADD(model.copy(), model, heads, LADDConfig(**settings))
+
+
+ALL_TERMS = {"r1_weight": 1e-4, "misaligned_weight": 0.5, "distillation_weight": 0.2, "d_steps": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, ALL_TERMS, {"micro_batch": 4, "loss": "lsgan"}, {"pair_weight": 0.5}], ids=str)
+def test_resumed_ladd_equals_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    noise = np.random.default_rng(9).standard_normal((6, 4, 8, 8)).astype(np.float32) if "pair_weight" in settings else None
+    whole, first, second = trainer(**settings), trainer(**settings), trainer(**settings)
+    for i in range(4):
+        whole.step(*data(seed=i), noise=noise)
+    for i in range(2):
+        first.step(*data(seed=i), noise=noise)
+    first.save(tmp_path / "state")
+    second.load(tmp_path / "state")
+    for i in range(2, 4):
+        second.step(*data(seed=i), noise=noise)
+    for name, expected in whole.state()[0].items():
+        assert np.array_equal(expected, second.state()[0][name]), name
+
+
+@pytest.mark.parametrize("settings", [{}, {**ALL_TERMS, "misaligned_weight": 0.0, "d_steps": 1}], ids=str)
+def test_micro_batches_equal_one_batch(settings: dict[str, Any]) -> None:
+    # A rate that moves weights by their gradient, not by its sign: AdamW's first step would turn rounding into a whole step.
+    plain = AdamWConfig(lr=1e-3, beta1=0.0, beta2=0.99, eps=1.0, clip_norm=0.0)
+    one, parts = (trainer(student=plain, discriminator=plain, micro_batch=n, **settings) for n in (0, 2))
+    before = one.student._core.flat.copy()
+    a, b = one.step(*data()), parts.step(*data())
+    assert a["loss_d"] == pytest.approx(b["loss_d"], rel=1e-5)
+    assert a["loss_g"] == pytest.approx(b["loss_g"], rel=1e-4)
+    moved = one.student._core.flat - before
+    assert np.abs(moved).max() > 0
+    assert np.abs(moved - (parts.student._core.flat - before)).max() < 2e-4 * np.abs(moved).max()
+
+
+def test_who_changes_and_who_does_not() -> None:
+    t = trainer(**ALL_TERMS)
+    teacher_before, student_before, heads_before = (m._core.flat.copy() for m in (t.teacher, t.student, t.discriminator))
+    for i in range(3):
+        t.step(*data(seed=i))
+    assert np.array_equal(t.teacher._core.flat, teacher_before)
+    assert not np.array_equal(t.student._core.flat, student_before)
+    assert not np.array_equal(t.discriminator._core.flat, heads_before)
+    averaged = t.ema_student()._core.flat_trainable
+    assert not np.array_equal(averaged, t.student._core.flat_trainable)
+    assert np.abs(averaged - t.student._core.flat_trainable).max() < np.abs(student_before[: averaged.size] - averaged).max() * 10
+
+
+def test_discriminator_step_leaves_the_student_alone_and_the_reverse() -> None:
+    t = trainer()
+    student, heads = t.student._core.flat.copy(), t.discriminator._core.flat.copy()
+    t.discriminator_step(*data())
+    assert np.array_equal(t.student._core.flat, student)
+    assert not np.array_equal(t.discriminator._core.flat, heads)
+    heads = t.discriminator._core.flat.copy()
+    t.student_step(*data())
+    assert np.array_equal(t.discriminator._core.flat, heads)
+    assert not np.array_equal(t.student._core.flat, student)
+
+
+def test_times_of_the_student_and_t_hat_are_independent() -> None:
+    t = trainer(t_hat_mean=0.5, t_hat_std=0.8, warmup_iterations=1, warmup_times=(0.5,), warmup_probabilities=(1.0,))
+    assert set(t._next_draws(64).t) == {0.5}
+    t.iteration = 1
+    draws = t._next_draws(20000)
+    shares = {float(v): float((draws.t == v).mean()) for v in (1.0, 0.75, 0.5, 0.25)}
+    assert shares == pytest.approx({1.0: 0.7, 0.75: 0.1, 0.5: 0.1, 0.25: 0.1}, abs=0.02)
+    logits = np.log(draws.t_hat_fake / (1 - draws.t_hat_fake))
+    assert float(logits.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(logits.std()) == pytest.approx(0.8, abs=0.03)
+    assert abs(float(np.corrcoef(logits, draws.t)[0, 1])) < 0.03
+    assert np.array_equal(draws.t_hat_fake, draws.t_hat_real)
+
+
+def test_noise_is_refused_as_real_latents() -> None:
+    t = trainer()
+    _, context, pooled = data(64)
+    noise = np.random.default_rng(0).standard_normal((64, 4, 8, 8)).astype(np.float32)
+    before = t.discriminator._core.flat.copy()
+    with pytest.raises(ValueError, match="look like standard normal noise"):
+        t.step(noise, context, pooled)
+    assert np.array_equal(t.discriminator._core.flat, before)
+    t.allow_noise_latents = True
+    t.step(noise, context, pooled)
+
+
+def test_bad_input_changes_nothing() -> None:
+    t = trainer()
+    z, context, pooled = data()
+    before = {k: v.copy() for k, v in t.state()[0].items()}
+    bad = z.copy()
+    bad[0, 0, 0, 0] = np.nan
+    for arguments, message in (
+        ((bad, context, pooled), "finite"),
+        ((z[:, :3], context, pooled), r"latents must have shape \[B, 4, H, W\]"),
+        ((z, context[:3], pooled), "context must have shape"),
+        ((z, context, pooled[:, :4]), "pooled must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            t.step(*arguments)
+    for name, value in before.items():
+        assert np.array_equal(value, t.state()[0][name]), name
+    with pytest.raises(ValueError, match="needs noise="):
+        trainer(pair_weight=1.0).step(z, context, pooled)
+    with pytest.raises(ValueError, match="at least two pictures"):
+        trainer(misaligned_weight=1.0).step(*data(1))
+
+
+def test_not_finite_gradients_are_named_and_not_applied() -> None:
+    t = trainer()
+    t.student._core.flat_trainable[0] = np.inf
+    before = t.student._core.flat.copy()
+    with pytest.raises((FloatingPointError, ValueError)):
+        t.step(*data())
+    assert np.array_equal(t.student._core.flat, before)
+
+
+def test_parts_that_do_not_fit() -> None:
+    t = trainer()
+    with pytest.raises(ValueError, match="two models"):
+        distillation.LADD(t.teacher, t.teacher, t.discriminator)
+    narrow = ladd.Discriminator(ladd.DiscriminatorConfig(feature_dim=8, taps=(0,), pooled_dim=12, width=8))
+    with pytest.raises(ValueError, match="feature_dim must be the teacher's width 16"):
+        distillation.LADD(t.student, t.teacher, narrow)
+    deep = ladd.Discriminator(ladd.DiscriminatorConfig(feature_dim=16, taps=(0, 7), pooled_dim=12, width=8))
+    with pytest.raises(ValueError, match="below the teacher's 2 blocks"):
+        distillation.LADD(t.student, t.teacher, deep)
+
+
+def test_load_refuses_what_does_not_belong(tmp_path: Path) -> None:
+    t = trainer()
+    t.step(*data())
+    t.save(tmp_path / "state")
+    other = trainer(t_hat_mean=0.0)
+    with pytest.raises(ValueError, match="another configuration"):
+        other.load(tmp_path / "state")
+    stranger = trainer()
+    stranger.teacher._core.flat[0] += 1
+    with pytest.raises(ValueError, match="another teacher"):
+        stranger.load(tmp_path / "state")
+    weights = tmp_path / "state" / "state.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    before = t.student._core.flat.copy()
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        t.load(tmp_path / "state")
+    assert np.array_equal(t.student._core.flat, before)
+
+
+# ---- checkpoints and shards -----------------------------------------------------------------------------------------------------------
+
+SAVER = """
+import sys, itertools
+from pathlib import Path
+import numpy as np
+from ladd.training import common
+for n in itertools.count(1):
+    common.save_state(Path(sys.argv[1]), ({"a": np.full(200_000, n, np.float32), "b": np.full(7, n, np.float32)}, {"n": n}), step=n)
+    print(n, flush=True)
+"""
+
+
+def test_a_kill_at_any_instant_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+    for i in range(8):
+        path = tmp_path / f"run{i}" / "state"
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        said = int(process.stdout.readline())
+        time.sleep(0.003 * i)
+        os.kill(process.pid, signal.SIGKILL)
+        said = max([said, *map(int, process.stdout.read().split())])
+        process.wait()
+        (arrays, counters), header = common.read_state(path)
+        assert counters["n"] >= said
+        assert header["step"] == counters["n"]
+        assert (arrays["a"] == counters["n"]).all() and (arrays["b"] == counters["n"]).all()
+
+
+def test_shards_resume_and_know_where_they_come_from(tmp_path: Path) -> None:
+    origin = {"teacher": "abc", "guidance_scale": 3.0}
+    z = smooth(6).astype(np.float16)
+    writer = shards.ShardWriter(tmp_path, origin)
+    writer.write({"latents": z[:4], "seed": np.arange(4)}, ["a"] * 4)
+    (tmp_path / ".latents-00001.safetensors.tmp").write_bytes(b"half a file")  # what a kill leaves
+    again = shards.ShardWriter(tmp_path, origin)
+    assert again.count == 4
+    again.write({"latents": z[4:], "seed": np.arange(4, 6)}, ["b"] * 2)
+    with pytest.raises(ValueError, match=r"guidance_scale: 3\.0 there, 4\.0 here"):
+        shards.ShardWriter(tmp_path, {**origin, "guidance_scale": 4.0})
+    text = ladd.WordEncoder(["a", "b"], max_words=4, context_dim=12, pooled_dim=12)
+    read = shards.LatentShards(tmp_path, text)
+    assert len(read) == 6 and read.latent_shape == (4, 8, 8)
+    batch = read.batch([5, 0])
+    assert np.array_equal(batch.latents, z[[5, 0]].astype(np.float32))
+    assert read.prompts([5, 0]) == ["b", "a"]
+    read.check(teacher="abc")
+    with pytest.raises(ValueError, match="does not fit this run"):
+        read.check(teacher="xyz")
+    with pytest.raises(ValueError, match="text encoder is needed"):
+        shards.LatentShards(tmp_path)
+    file = tmp_path / "latents-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match="not a readable shard"):
+        shards.LatentShards(tmp_path, text)
+
+
+def test_rows_of_an_epoch_come_once() -> None:
+    rows = np.concatenate([shards.epoch_rows(10, 4, 3, step) for step in range(1, 6)])
+    assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:]) == list(range(10))
+    assert not np.array_equal(rows[:10], rows[10:])
+
+
+# ---- the chain of runs ----------------------------------------------------------------------------------------------------------------
+
+RUN = {"batch": 3, "decay_share": 0.0, "checkpoint_every": 1, "sample_every": 2}
+
+
+def states(folder: Path) -> dict[str, Array]:
+    (arrays, _), _ = common.read_state(common.checkpoints(folder)[-1])
+    return arrays
+
+
+def both_ways(module: Any, config: dict[str, Any], out: Path) -> Any:
+    """Runs four steps at once, and two plus two, and compares the last checkpoints."""
+
+    def with_steps(n: int) -> dict[str, Any]:
+        return {**config, "run": {**config["run"], "steps": n}}
+
+    result = module.run(with_steps(4), out=out / "whole")
+    module.run(with_steps(2), out=out / "parts")
+    module.run(with_steps(4), out=out / "parts", resume=True)
+    expected, found = states(out / "whole"), states(out / "parts")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert np.array_equal(expected[name], found[name]), name
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        module.run(with_steps(4), out=out / "whole")
+    lines = (out / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert module.run(with_steps(4), out=out / "nothing", dry_run=True) is None
+    assert not (out / "nothing").exists()
+    return result
+
+
+def test_the_whole_chain_and_its_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LADD_CACHE", str(tmp_path / "cache"))
+    adam = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99}
+    vae = both_ways(autoencoder, {"model": VAE, "optimizer": adam, "run": {**RUN, "statistics_views": 8}}, tmp_path / "ae")
+    pipeline = both_ways(
+        teacher,
+        {
+            "data": {"autoencoder": str(vae), "views": 12},
+            "model": {**MMDIT, "pos_embed_max_size": 16},
+            "text": TEXT,
+            "optimizer": adam,
+            "run": RUN,
+        },
+        tmp_path / "teacher",
+    )
+    settings = {"teacher": str(pipeline), "count": 10, "batch": 2, "shard": 4, "steps": 2, "guidance_scale": 2.0}
+    folder = generate.run({"run": settings}, out=tmp_path / "latents")
+    assert folder is not None
+    generate.run({"run": {**settings, "count": 4}}, out=tmp_path / "again")
+    generate.run({"run": settings}, out=tmp_path / "again")
+    encoder = ladd.Pipeline.from_pretrained(pipeline, model="teacher").text
+    one, two = (shards.LatentShards(f, encoder) for f in (folder, tmp_path / "again"))
+    assert len(one) == len(two) == 10
+    assert one.prompts(range(10)) == two.prompts(range(10))
+    assert np.array_equal(one.rows("latents", range(10)), two.rows("latents", range(10)))
+    config = {
+        "data": {"teacher": str(pipeline), "latents": str(folder), "allow_noise_latents": True}, "ladd": {"student": {"lr": 1e-3}, "pair_weight": 0.1},
+        "discriminator": {"width": 8, "num_groups": 2, "condition_dim": 4}, "run": RUN,
+    }  # fmt: skip
+    result = both_ways(distillation, config, tmp_path / "ladd")
+    student = ladd.Pipeline.from_pretrained(result, model="student")
+    images = student(["red apple", "cat face"], steps=1, seed=[5, 6]).images
+    alone = student("cat face", steps=1, seed=6).images
+    assert np.array_equal(np.asarray(images[1]), np.asarray(alone[0]))
+    assert (tmp_path / "ladd" / "whole" / "samples" / "step-00000004.png").exists()
+    with pytest.raises(ValueError, match="unknown key 'stepz'"):
+        distillation.run({**config, "run": {**RUN, "stepz": 1}}, out=tmp_path / "x")
