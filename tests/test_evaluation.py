@@ -4,6 +4,7 @@ known."""
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -406,3 +407,21 @@ def test_evaluation_of_a_pipeline_folder(tiny_folder: Any, network_folder: Any) 
         assert np.isfinite(numbers["fid"]["mean"])
         assert numbers["fid"]["mean"] == pytest.approx(second["splits"]["train"][row.name]["fid"]["mean"], rel=1e-3), row.name
     assert first["bar"] is None  # the teacher's fifty steps were left out
+
+
+def test_a_model_without_a_teacher_is_measured_without_it(tiny_folder: Any, network_folder: Any, tmp_path: Any) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "half")
+    table = json.loads((tmp_path / "half" / "ladd.json").read_text())
+    del table["models"]["teacher"]
+    (tmp_path / "half" / "ladd.json").write_text(json.dumps(table))
+    settings = {"pictures": 8, "held_out_pictures": 8, "seeds": (3,), "reference_pictures": 64, "splits": ("base",), "progress": False}
+    result = evaluate.run(tmp_path / "half", classifier=network_folder, **settings)
+    sources = {row["source"] for row in result["settings"]["rows"]}
+    assert sources == {"real", "vae", "student"}
+    assert result["bar"] is None
+    table["models"] = {"other": table["models"]["student"]}
+    (tmp_path / "half" / "ladd.json").write_text(json.dumps({**table, "default": "other"}))
+    with pytest.raises(ValueError, match='must hold a "teacher" or a "student", got other'):
+        evaluate.load_pipelines(tmp_path / "half")
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
+        evaluate.load_pipelines(tmp_path / "none")

@@ -3,21 +3,20 @@
 
 enum { ACTIVATION_CHUNK = 16384 };
 
-/* The slopes are taken for any x and replaced by their limits where |x| is so large that they are 0 or 1 to the last bit (and 0 * inf could arise).
- * Clamping x first would say the same, but the compiler then splits the loop by cases and no longer vectorises it. */
+/* The slopes are taken for any x and replaced by their limits where |x| is so large that they are 0 or 1 to the last bit (and 0 * inf could arise). */
 static inline float activation_gelu_slope(float x) {
     float s = 1.0f / (1.0f + ladd_expf(-1.5957691216f * x * (1.0f + 0.044715f * x * x)));
     float slope = s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
-    return x > 10.0f ? 1.0f : (x < -10.0f ? 0.0f : slope);
+    return ladd_select(x > 10.0f, 1.0f, ladd_select(x < -10.0f, 0.0f, slope));
 }
 static inline float activation_silu(float x) {
     float y = x / (1.0f + ladd_expf(-x));
-    return x < -86.0f ? 0.0f : y;
+    return ladd_select(x < -86.0f, 0.0f, y);
 }
 static inline float activation_silu_slope(float x) {
     float s = 1.0f / (1.0f + ladd_expf(-x));
     float slope = s * (1.0f + x * (1.0f - s));
-    return x > 86.0f ? 1.0f : (x < -86.0f ? 0.0f : slope);
+    return ladd_select(x > 86.0f, 1.0f, ladd_select(x < -86.0f, 0.0f, slope));
 }
 
 typedef struct activation_job {

@@ -62,10 +62,20 @@ static inline void ladd_parallel_work(int64_t n, int64_t work, void (*task)(void
         for (int64_t i = 0; i < n; i++) task(argument, i);
 }
 
+/* condition ? a : b by bits. With ?: and a constant arm the compiler computes what follows once for each arm, also for lanes that need none of it:
+ * that costs divisions, denormal results, or the vectorisation of the loop. */
+static inline float ladd_select(int condition, float a, float b) {
+    union { float f; uint32_t u; } x = {a}, y = {b};
+    uint32_t mask = -(uint32_t)(condition != 0);
+    x.u = (x.u & mask) | (y.u & ~mask);
+    return x.f;
+}
+
 /* exp for vector loops: within 2 ulp of expf on [-87, 88], clamped outside, NaN stays NaN; plain arithmetic, so that it vectorises. */
 static inline float ladd_expf(float x) {
     union { float f; uint32_t u; } t, s;
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    x = ladd_select(x < -87.0f, -87.0f, x);
+    x = ladd_select(x > 88.0f, 88.0f, x);
     t.f = x * 1.44269504f + 12582912.0f; /* rounds to the nearest integer, which then stands in the low bits */
     float n = t.f - 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -77,7 +87,7 @@ static inline float ladd_expf(float x) {
 /* gelu_tanh(x) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3). Below -10 it is 0 to the last bit, and there x / exp(-2u) could fail. */
 static inline float ladd_gelu(float x) {
     float y = x / (1.0f + ladd_expf(-1.5957691216f * x * (1.0f + 0.044715f * x * x)));
-    return x < -10.0f ? 0.0f : y;
+    return ladd_select(x < -10.0f, 0.0f, y);
 }
 
 /* ---- sums in a fixed order ------------------------------------------------------------------------------------------- */

@@ -393,7 +393,7 @@ class LADDConfig:
     # Optional terms; a weight of 0 costs nothing.
     r1_weight: float = 0.0  # squared gradient norm at the heads' inputs, real pictures
     r1_interval: int = 1  # added every so many discriminator updates, multiplied by the interval
-    r1_epsilon: float = 1e-2  # step of its finite difference, relative to the size of the features
+    r1_epsilon: float = 1e-4  # step of its finite difference, relative to the size of the features
     misaligned_weight: float = 0.0  # real pictures with another picture's text, judged as fakes
     distillation_weight: float = 0.0  # distance of the student's x0 to the teacher's x0 from the renoised student
     pair_weight: float = 0.0  # distance of the student's x0 from full noise to what the teacher made of the same noise

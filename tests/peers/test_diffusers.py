@@ -85,6 +85,23 @@ def test_autoencoder_values_and_every_gradient(name: str) -> None:
     check_gradients(model, reference["parameters"], floor)
 
 
+@pytest.mark.parametrize("path", sorted(make_reference.DATA.glob("*.npz")), ids=lambda path: path.stem)
+def test_stored_values_are_what_diffusers_computes(path: Path) -> None:
+    """The lean tests compare with files; these are what the installed diffusers and PyTorch say."""
+    kind, _, name = path.stem.partition("_")
+    if kind == "schedule":
+        live = make_reference.run_schedule()
+    else:
+        live = make_reference.flatten((make_reference.run_mmdit if kind == "mmdit" else make_reference.run_vae)(name))
+    with np.load(path) as stored:
+        assert set(stored) == set(live)
+        for key, value in stored.items():
+            if value.dtype.kind == "U":
+                assert list(value) == list(live[key])
+            else:
+                np.testing.assert_allclose(live[key], value, rtol=1e-6, atol=1e-9 * np.abs(value).max())
+
+
 def even_inputs(name: str) -> tuple[Array, ...]:
     """Inputs whose latents hold whole patches."""
     inputs, p = support.mmdit_inputs(name), MMDIT_CASES[name][0]["patch_size"]

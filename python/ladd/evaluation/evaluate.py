@@ -410,10 +410,16 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def load_pipelines(model: str | Path) -> dict[str, Pipeline]:
-    """Teacher and student of a model. A pipeline folder without the one or the other serves with what it has."""
-    from ..pipeline import Pipeline
+    """The transformers of a model by name; measured are those named "teacher" and "student"."""
+    from ..pipeline import PRETRAINED, Pipeline, model_names
 
-    return {name: Pipeline.from_pretrained(model, model=name) for name in ("teacher", "student")}
+    folder = PRETRAINED / "openmoji" if str(model) == "openmoji" else Path(model)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)")
+    found = {name: Pipeline.from_pretrained(folder, model=name) for name in model_names(folder) if name in ("teacher", "student")}
+    if not found:
+        raise ValueError(f'{folder} must hold a "teacher" or a "student", got {", ".join(model_names(folder))}')
+    return found
 
 
 def run(
@@ -435,6 +441,7 @@ def run(
 ) -> dict[str, Any]:
     """Measures a model ("openmoji", a folder, or given `pipelines`) and writes out/evaluation.json and out/evaluation.md.
 
+    rows: None: default_rows(), as far as the model has their transformer.
     guidance_scale: of the guided rows; None: the one that the teacher's pipeline was published with. classifier: folder of the
     feature network, None: the shipped one. -> the settings, a table a split, the bar.
     """
@@ -452,7 +459,7 @@ def run(
         _check_counts(count, views)
     network = FeatureNetwork.from_pretrained(classifier)
     pipelines = load_pipelines(model) if pipelines is None else pipelines
-    rows = default_rows() if rows is None else tuple(rows)
+    rows = tuple(row for row in default_rows() if row.source in {"real", "vae", *pipelines}) if rows is None else tuple(rows)
     unknown = sorted({row.source for row in rows} - {"real", "vae", *pipelines})
     if unknown:
         raise ValueError(f"rows need the pipelines {', '.join(unknown)}; given: {', '.join(pipelines)}")
