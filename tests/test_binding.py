@@ -113,9 +113,7 @@ def as_bytes(output: Any) -> bytes:
 
 
 def run_script(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -568,9 +566,7 @@ def test_stub_names_what_the_module_has() -> None:
         assert {m for m in vars(getattr(_core, name)) if not m.startswith("__")} == methods
 
 
-@pytest.mark.parametrize(
-    ("value", "error"), [(0, ValueError), (-1, ValueError), (1 << 40, ValueError), (1.0, TypeError), (True, TypeError)]
-)
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (1 << 40, ValueError), (1.0, TypeError), (True, TypeError)])
 def test_bad_number_of_threads(value: Any, error: type[Exception]) -> None:
     before = _core.get_num_threads()
     with pytest.raises(error, match="num_threads: expected an integer"):
@@ -578,9 +574,7 @@ def test_bad_number_of_threads(value: Any, error: type[Exception]) -> None:
     assert _core.get_num_threads() == before
 
 
-@pytest.mark.parametrize(
-    ("value", "error"), [(-1, ValueError), (1 << 64, ValueError), (0.5, TypeError), ("1", TypeError), (False, TypeError)]
-)
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1 << 64, ValueError), (0.5, TypeError), ("1", TypeError), (False, TypeError)])
 def test_bad_seed(value: Any, error: type[Exception]) -> None:
     model = make("MMDiT")
     before = model.flat.copy()

@@ -165,10 +165,11 @@ static void attention_backward_task(void *argument, int64_t task) {
     }
 }
 
-ladd_status LADD_CPU(attention_backward)(LADD_CTX, const ladd_stream_grad *grads, const ladd_stream *streams, int n_streams, const float *lse, int B, int heads,
-                                         int dh, float scale) {
+ladd_status LADD_CPU(attention_backward)(LADD_CTX, const ladd_stream_grad *grads, const ladd_stream *streams, int n_streams, const float *lse, int B,
+                                         int heads, int dh, float scale) {
     (void)ctx;
-    attention_job job = {.streams = streams, .grads = grads, .lse = (float *)lse, .B = B, .heads = heads, .dh = dh, .n_streams = n_streams, .scale = scale};
+    attention_job job = {
+        .streams = streams, .grads = grads, .lse = (float *)lse, .B = B, .heads = heads, .dh = dh, .n_streams = n_streams, .scale = scale};
     job.tiles = attention_count_tiles(streams, n_streams, &job.S);
     ladd_parallel_work((int64_t)B * heads, (int64_t)B * heads * job.S * job.S, attention_backward_task, &job);
     return job.failed ? ladd_fail(LADD_ERR_MEMORY, "out of memory for a tile of attention scores") : LADD_OK;

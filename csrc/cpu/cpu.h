@@ -79,7 +79,8 @@ static inline float ladd_expf(float x) {
     t.f = x * 1.44269504f + 12582912.0f; /* rounds to the nearest integer, which then stands in the low bits */
     float n = t.f - 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666672f + r * (0.0416664146f + r * (0.00833337f + r * 0.00138965f)))));
+    float q = 0.5f + r * (0.166666672f + r * (0.0416664146f + r * (0.00833337f + r * 0.00138965f)));
+    float p = 1.0f + (r + r * r * q); /* the small terms first: their rounding then hardly counts */
     s.u = (t.u + 127u) << 23; /* 2^n */
     return p * s.f;
 }

@@ -20,9 +20,7 @@ static const ladd_backend *best_supported(const char *wanted) {
     return avx512 ? &ladd_cpu_avx512_backend : (avx2 ? &ladd_cpu_avx2_backend : &ladd_cpu_plain_backend);
 }
 #else
-static const ladd_backend *best_supported(const char *wanted) {
-    return !wanted || strcmp(wanted, "plain") == 0 ? &ladd_cpu_plain_backend : NULL;
-}
+static const ladd_backend *best_supported(const char *wanted) { return !wanted || strcmp(wanted, "plain") == 0 ? &ladd_cpu_plain_backend : NULL; }
 #endif
 
 const ladd_backend *ladd_cpu_backend(void) {

@@ -43,8 +43,17 @@ static void norm_forward_task(void *argument, int64_t chunk) {
 ladd_status LADD_CPU(layer_norm_modulate_forward)(LADD_CTX, ladd_act *y, float *mean, float *rstd, const ladd_act *x, const ladd_act *shift,
                                                   const ladd_act *scale, int64_t mod_stride, int B, int N, int D, float eps) {
     (void)ctx;
-    norm_job job = {.y = y, .save_mean = mean, .save_rstd = rstd, .x = x, .shift = shift, .scale = scale, .mod_stride = mod_stride,
-                    .rows = (int64_t)B * N, .N = N, .D = D, .eps = eps};
+    norm_job job = {.y = y,
+                    .save_mean = mean,
+                    .save_rstd = rstd,
+                    .x = x,
+                    .shift = shift,
+                    .scale = scale,
+                    .mod_stride = mod_stride,
+                    .rows = (int64_t)B * N,
+                    .N = N,
+                    .D = D,
+                    .eps = eps};
     ladd_parallel_work((job.rows + NORM_ROWS - 1) / NORM_ROWS, job.rows * D, norm_forward_task, &job);
     return LADD_OK;
 }
@@ -101,12 +110,22 @@ static void norm_modulation_grad_task(void *argument, int64_t task) {
 }
 
 ladd_status LADD_CPU(layer_norm_modulate_backward)(LADD_CTX, ladd_act *dx, ladd_act *dshift, ladd_act *dscale, const ladd_act *dy, const ladd_act *x,
-                                                   const float *mean, const float *rstd, const ladd_act *scale, int64_t mod_stride, int B, int N, int D) {
+                                                   const float *mean, const float *rstd, const ladd_act *scale, int64_t mod_stride, int B, int N,
+                                                   int D) {
     (void)ctx;
-    norm_job job = {.y = dx, .dshift = dshift, .dscale = dscale, .x = x, .dy = dy, .mean = mean, .rstd = rstd, .scale = scale, .mod_stride = mod_stride,
-                    .rows = (int64_t)B * N, .N = N, .D = D};
-    if (dshift && dscale)
-        ladd_parallel_work((int64_t)B * ((D + NORM_COLUMNS - 1) / NORM_COLUMNS), job.rows * D, norm_modulation_grad_task, &job);
+    norm_job job = {.y = dx,
+                    .dshift = dshift,
+                    .dscale = dscale,
+                    .x = x,
+                    .dy = dy,
+                    .mean = mean,
+                    .rstd = rstd,
+                    .scale = scale,
+                    .mod_stride = mod_stride,
+                    .rows = (int64_t)B * N,
+                    .N = N,
+                    .D = D};
+    if (dshift && dscale) ladd_parallel_work((int64_t)B * ((D + NORM_COLUMNS - 1) / NORM_COLUMNS), job.rows * D, norm_modulation_grad_task, &job);
     ladd_parallel_work((job.rows + NORM_ROWS - 1) / NORM_ROWS, job.rows * D, norm_backward_task, &job);
     return LADD_OK;
 }
@@ -132,8 +151,8 @@ static void gate_forward_task(void *argument, int64_t chunk) {
     }
 }
 
-ladd_status LADD_CPU(gate_residual_forward)(LADD_CTX, ladd_act *out, const ladd_act *x, const ladd_act *y, const ladd_act *gate, int64_t mod_stride, int B,
-                                            int N, int D) {
+ladd_status LADD_CPU(gate_residual_forward)(LADD_CTX, ladd_act *out, const ladd_act *x, const ladd_act *y, const ladd_act *gate, int64_t mod_stride,
+                                            int B, int N, int D) {
     (void)ctx;
     gate_job job = {.out = out, .x = x, .y = y, .gate = gate, .mod_stride = mod_stride, .rows = (int64_t)B * N, .N = N, .D = D};
     ladd_parallel_work((job.rows + NORM_ROWS - 1) / NORM_ROWS, job.rows * D, gate_forward_task, &job);
@@ -202,7 +221,8 @@ ladd_status LADD_CPU(rms_norm_heads_forward)(LADD_CTX, ladd_act *y, float *rstd,
     return LADD_OK;
 }
 
-/* dx of a chunk of rows; its share of dw goes to dw_parts[chunk], summed in chunk order afterwards. dx may be dy: an element is read before it is written. */
+/* dx of a chunk of rows; its share of dw goes to dw_parts[chunk], summed in chunk order afterwards. dx may be dy: an element is read before it is
+ * written. */
 static void rms_backward_task(void *argument, int64_t chunk) {
     const rms_job *j = argument;
     int dh = j->dh;
@@ -227,11 +247,12 @@ static void rms_backward_task(void *argument, int64_t chunk) {
         }
 }
 
-ladd_status LADD_CPU(rms_norm_heads_backward)(LADD_CTX, ladd_act *dx, float *dw, const ladd_act *dy, const ladd_act *x, const float *rstd, const ladd_act *w,
-                                              int rows, int heads, int dh, ptrdiff_t x_row, ptrdiff_t dy_row, ptrdiff_t dx_row) {
+ladd_status LADD_CPU(rms_norm_heads_backward)(LADD_CTX, ladd_act *dx, float *dw, const ladd_act *dy, const ladd_act *x, const float *rstd,
+                                              const ladd_act *w, int rows, int heads, int dh, ptrdiff_t x_row, ptrdiff_t dy_row, ptrdiff_t dx_row) {
     (void)ctx;
     int64_t chunks = (rows + NORM_HEAD_ROWS - 1) / NORM_HEAD_ROWS;
-    rms_job job = {.y = dx, .x = x, .dy = dy, .rstd = rstd, .w = w, .rows = rows, .heads = heads, .dh = dh, .x_row = x_row, .y_row = dx_row, .dy_row = dy_row};
+    rms_job job = {
+        .y = dx, .x = x, .dy = dy, .rstd = rstd, .w = w, .rows = rows, .heads = heads, .dh = dh, .x_row = x_row, .y_row = dx_row, .dy_row = dy_row};
     if (dw) {
         job.dw_parts = ladd_scratch(0, (size_t)chunks * (size_t)dh * sizeof(float));
         if (!job.dw_parts) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the partial sums of an RMS norm's gradient");

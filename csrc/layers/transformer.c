@@ -1,8 +1,8 @@
 /* Projections, feed-forward and embedders of the transformer block: forward and backward. See transformer.h for shapes. */
 #include "transformer.h"
 
-ladd_status ladd_qkv_forward(const ladd_context *ctx, ladd_qkv_saved *saved, const ladd_act *x, const ladd_weights *w, const ladd_qkv_params *p, int rows,
-                             int heads, int dh) {
+ladd_status ladd_qkv_forward(const ladd_context *ctx, ladd_qkv_saved *saved, const ladd_act *x, const ladd_weights *w, const ladd_qkv_params *p,
+                             int rows, int heads, int dh) {
     int D = heads * dh;
     LADD_K(ctx, linear_forward, saved->qkv, x, ladd_weight(ctx, w, p->weight), ladd_weight(ctx, w, p->bias), rows, 3 * D, D);
     if (p->norm_q < 0) return LADD_OK;
@@ -17,12 +17,13 @@ ladd_status ladd_qkv_backward(const ladd_context *ctx, ladd_act *dx, ladd_act *d
                               const ladd_weights *w, const ladd_qkv_params *p, int rows, int heads, int dh) {
     int D = heads * dh;
     if (p->norm_q >= 0) {
-        LADD_K(ctx, rms_norm_heads_backward, dqkv, ladd_weight_grad(w, p->norm_q), dqkv, saved->qkv, saved->q_rstd, ladd_weight(ctx, w, p->norm_q), rows,
-               heads, dh, 3 * D, 3 * D, 3 * D);
-        LADD_K(ctx, rms_norm_heads_backward, ladd_at(ctx, dqkv, D), ladd_weight_grad(w, p->norm_k), ladd_at(ctx, dqkv, D), ladd_at(ctx, saved->qkv, D),
-               saved->k_rstd, ladd_weight(ctx, w, p->norm_k), rows, heads, dh, 3 * D, 3 * D, 3 * D);
+        LADD_K(ctx, rms_norm_heads_backward, dqkv, ladd_weight_grad(w, p->norm_q), dqkv, saved->qkv, saved->q_rstd, ladd_weight(ctx, w, p->norm_q),
+               rows, heads, dh, 3 * D, 3 * D, 3 * D);
+        LADD_K(ctx, rms_norm_heads_backward, ladd_at(ctx, dqkv, D), ladd_weight_grad(w, p->norm_k), ladd_at(ctx, dqkv, D),
+               ladd_at(ctx, saved->qkv, D), saved->k_rstd, ladd_weight(ctx, w, p->norm_k), rows, heads, dh, 3 * D, 3 * D, 3 * D);
     }
-    LADD_K(ctx, linear_backward, dx, ladd_weight_grad(w, p->weight), ladd_weight_grad(w, p->bias), dqkv, x, ladd_weight(ctx, w, p->weight), rows, 3 * D, D);
+    LADD_K(ctx, linear_backward, dx, ladd_weight_grad(w, p->weight), ladd_weight_grad(w, p->bias), dqkv, x, ladd_weight(ctx, w, p->weight), rows,
+           3 * D, D);
     return LADD_OK;
 }
 
@@ -52,8 +53,8 @@ ladd_status ladd_ff_backward(const ladd_context *ctx, ladd_act *dx, ladd_act *sc
     LADD_K(ctx, linear_backward, scratch, ladd_weight_grad(w, p->down.weight), ladd_weight_grad(w, p->down.bias), dy, g,
            ladd_weight(ctx, w, p->down.weight), rows, D, hidden);
     LADD_K(ctx, gelu_backward, scratch, scratch, h, (int64_t)rows * hidden);
-    LADD_K(ctx, linear_backward, dx, ladd_weight_grad(w, p->up.weight), ladd_weight_grad(w, p->up.bias), scratch, x, ladd_weight(ctx, w, p->up.weight),
-           rows, hidden, D);
+    LADD_K(ctx, linear_backward, dx, ladd_weight_grad(w, p->up.weight), ladd_weight_grad(w, p->up.bias), scratch, x,
+           ladd_weight(ctx, w, p->up.weight), rows, hidden, D);
     return LADD_OK;
 }
 

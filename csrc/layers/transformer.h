@@ -5,8 +5,8 @@
 
 /* Offsets into a model's flat parameter buffer; -1: the tensor does not exist. */
 typedef struct ladd_qkv_params {
-    int64_t weight, bias;    /* [3D,D], [3D]: q, k, v rows next to each other */
-    int64_t norm_q, norm_k;  /* [dh] each, RMS norm of q and k per head */
+    int64_t weight, bias;   /* [3D,D], [3D]: q, k, v rows next to each other */
+    int64_t norm_q, norm_k; /* [dh] each, RMS norm of q and k per head */
 } ladd_qkv_params;
 typedef struct ladd_linear_params {
     int64_t weight, bias;
@@ -24,9 +24,9 @@ static inline float *ladd_weight_grad(const ladd_weights *w, int64_t offset) { r
 
 /* Saved by ladd_qkv_forward for one stream of `rows` tokens. */
 typedef struct ladd_qkv_saved {
-    ladd_act *qkv;            /* [rows,3D] as projected */
-    ladd_act *qk;             /* [rows,3D] q and k after RMS norm (the last third unused: one stride serves q, k, v); NULL without norm */
-    float *q_rstd, *k_rstd;   /* [rows,heads] */
+    ladd_act *qkv;          /* [rows,3D] as projected */
+    ladd_act *qk;           /* [rows,3D] q and k after RMS norm (the last third unused: one stride serves q, k, v); NULL without norm */
+    float *q_rstd, *k_rstd; /* [rows,heads] */
 } ladd_qkv_saved;
 
 /* q, k, v = x W^T + b, then RMS norm per head on q and k where the weights exist (sd3: block step 2). */
@@ -55,6 +55,6 @@ typedef struct ladd_embedder_params {
 ladd_status ladd_embedder_forward(const ladd_context *ctx, ladd_act *y, ladd_act *h, ladd_act *a, const ladd_act *x, const ladd_weights *w,
                                   const ladd_embedder_params *p, int rows, int in, int D);
 ladd_status ladd_embedder_backward(const ladd_context *ctx, ladd_act *dx /* NULL: skip */, ladd_act *scratch /* [rows,D] */, const ladd_act *dy,
-                                   const ladd_act *h, const ladd_act *a, const ladd_act *x, const ladd_weights *w, const ladd_embedder_params *p, int rows,
-                                   int in, int D);
+                                   const ladd_act *h, const ladd_act *a, const ladd_act *x, const ladd_weights *w, const ladd_embedder_params *p,
+                                   int rows, int in, int D);
 #endif

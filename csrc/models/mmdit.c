@@ -6,8 +6,8 @@
  *           LN(.) (1 + scale) + shift and leaves as X += gate * branch
  *   velocity = unpatchify(LN(X) (1 + scale) + shift) W^T
  *
- * With keep, each block keeps what its backward needs; without, all blocks share one set of buffers and the residual streams stay in place. Features are
- * the image stream after the tapped blocks; the pass ends at the deepest, whose text branch after attention is not computed, for nobody reads it.
+ * With keep, each block keeps what its backward needs; without, all blocks share one set of buffers and the residual streams stay in place. Features
+ * are the image stream after the tapped blocks; the pass ends at the deepest, whose text branch after attention is not computed, for nobody reads it.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -21,8 +21,8 @@ typedef struct stream_saved { /* one token stream of one block; rows = B * token
     float *mean1, *rstd1;     /* [rows] of LN(in) */
     ladd_act *x1;             /* [rows,D] attention input */
     ladd_qkv_saved qkv;
-    ladd_act *o, *a;          /* [rows,D] attention output before and after its projection */
-    ladd_act *mid;            /* [rows,D] residual stream after attention */
+    ladd_act *o, *a; /* [rows,D] attention output before and after its projection */
+    ladd_act *mid;   /* [rows,D] residual stream after attention */
     float *mean2, *rstd2;
     ladd_act *x2, *h, *g, *m; /* feed-forward: input [rows,D], hidden before and after GELU [rows,4D], output [rows,D] */
     ladd_act *out;            /* [rows,D] residual stream at exit; the next block's in */
@@ -30,30 +30,30 @@ typedef struct stream_saved { /* one token stream of one block; rows = B * token
 
 typedef struct block_saved {
     stream_saved x, y;
-    float *lse;               /* [B,heads,N+T] */
-    ladd_act *dual_x1;        /* [B*N,D] second attention: input, q k v, output before and after its projection */
+    float *lse;        /* [B,heads,N+T] */
+    ladd_act *dual_x1; /* [B*N,D] second attention: input, q k v, output before and after its projection */
     ladd_qkv_saved dual_qkv;
-    float *dual_lse;          /* [B,heads,N] */
+    float *dual_lse;                       /* [B,heads,N] */
     ladd_act *dual_o, *dual_a, *first_mid; /* first_mid: residual stream between the two attentions */
 } block_saved;
 
 struct ladd_mmdit_saved {
     ladd_mmdit *model;
-    int B, H, W, h, w, N, T, last;  /* last: index of the last block that runs */
+    int B, H, W, h, w, N, T, last; /* last: index of the last block that runs */
     int n_taps, taps[LADD_MAX_LAYERS], used;
     unsigned char skip[LADD_MAX_LAYERS];
     ladd_arena arena;
-    block_saved *blocks;            /* [num_layers] */
-    ladd_act *patches;              /* [B*N,Cin*p*p] */
-    ladd_act *context, *pooled;     /* copies of the inputs, for weight gradients */
-    ladd_act *features;             /* [B,256] of time */
+    block_saved *blocks;                             /* [num_layers] */
+    ladd_act *patches;                               /* [B*N,Cin*p*p] */
+    ladd_act *context, *pooled;                      /* copies of the inputs, for weight gradients */
+    ladd_act *features;                              /* [B,256] of time */
     ladd_act *time_h, *time_a, *pooled_h, *pooled_a; /* [B,D] inside the embedders */
-    ladd_act *e, *s, *sum;          /* [B,D] conditioning, SiLU of it, one embedder's output */
-    ladd_act *mod;                  /* [B,mod_rows] */
+    ladd_act *e, *s, *sum;                           /* [B,D] conditioning, SiLU of it, one embedder's output */
+    ladd_act *mod;                                   /* [B,mod_rows] */
     int mod_rows;
-    float *mean, *rstd;             /* final norm, [B*N] */
-    ladd_act *normed, *tokens;      /* [B*N,D], [B*N,p*p*Cout] */
-    ladd_act *x_end;                /* image stream after the last block */
+    float *mean, *rstd;        /* final norm, [B*N] */
+    ladd_act *normed, *tokens; /* [B*N,D], [B*N,p*p*Cout] */
+    ladd_act *x_end;           /* image stream after the last block */
     /* backward only */
     ladd_act *dpatches; /* [B*N,Cin*p*p] */
     ladd_act *dx, *dy, *dmod, *branch_x, *branch_y, *branch_dual, *dqkv_x, *dqkv_y, *d_o_x, *d_o_y, *hidden, *ds;
@@ -164,9 +164,11 @@ static ladd_status check_call(const ladd_mmdit *m, const ladd_mmdit_call *call) 
     const ladd_mmdit_config *c = &m->config;
     int p = c->patch_size;
     if (call->batch < 1 || call->text_tokens < 1)
-        return ladd_fail(LADD_ERR_VALUE, "MMDiT: at least one sample and one text token expected, got batch %d and %d tokens", call->batch, call->text_tokens);
+        return ladd_fail(LADD_ERR_VALUE, "MMDiT: at least one sample and one text token expected, got batch %d and %d tokens", call->batch,
+                         call->text_tokens);
     if (call->height < p || call->width < p || call->height / p > c->pos_embed_max_size || call->width / p > c->pos_embed_max_size)
-        return ladd_fail(LADD_ERR_VALUE, "MMDiT: latent height and width in [%d, %d] expected (patch_size, pos_embed_max_size * patch_size), got %d x %d", p,
+        return ladd_fail(LADD_ERR_VALUE,
+                         "MMDiT: latent height and width in [%d, %d] expected (patch_size, pos_embed_max_size * patch_size), got %d x %d", p,
                          c->pos_embed_max_size * p + p - 1, call->height, call->width);
     int64_t tokens = (int64_t)(call->height / p) * (call->width / p) + call->text_tokens;
     if (tokens * call->batch > INT32_MAX / 8)
@@ -175,7 +177,8 @@ static ladd_status check_call(const ladd_mmdit *m, const ladd_mmdit_call *call) 
         return ladd_fail(LADD_ERR_VALUE, "MMDiT: at most %d taps expected, got %d", c->num_layers, call->n_taps);
     for (int i = 0; i < call->n_taps; i++)
         if (call->taps[i] < 0 || call->taps[i] >= c->num_layers || (i && call->taps[i] <= call->taps[i - 1]))
-            return ladd_fail(LADD_ERR_VALUE, "MMDiT: taps must be ascending block numbers in [0, %d), got %d at place %d", c->num_layers, call->taps[i], i);
+            return ladd_fail(LADD_ERR_VALUE, "MMDiT: taps must be ascending block numbers in [0, %d), got %d at place %d", c->num_layers,
+                             call->taps[i], i);
     return LADD_OK;
 }
 
@@ -226,12 +229,10 @@ ladd_status ladd_mmdit_plan(const ladd_context *ctx, size_t *bytes, const ladd_m
 /* ---- forward --------------------------------------------------------------------------------------------------------- */
 
 static ladd_act *mod_row(const ladd_context *ctx, const struct ladd_mmdit_saved *s, int row) { return ladd_at(ctx, s->mod, row); }
-static ladd_act *dmod_row(const ladd_context *ctx, const struct ladd_mmdit_saved *s, int row) {
-    return s->dmod ? ladd_at(ctx, s->dmod, row) : NULL;
-}
+static ladd_act *dmod_row(const ladd_context *ctx, const struct ladd_mmdit_saved *s, int row) { return s->dmod ? ladd_at(ctx, s->dmod, row) : NULL; }
 
-static ladd_status normalise(const ladd_context *ctx, ladd_act *y, float *mean, float *rstd, const ladd_act *x, const struct ladd_mmdit_saved *s, int shift,
-                             int scale, int tokens) {
+static ladd_status normalise(const ladd_context *ctx, ladd_act *y, float *mean, float *rstd, const ladd_act *x, const struct ladd_mmdit_saved *s,
+                             int shift, int scale, int tokens) {
     LADD_K(ctx, layer_norm_modulate_forward, y, mean, rstd, x, mod_row(ctx, s, shift), mod_row(ctx, s, scale), s->mod_rows, s->B, tokens, s->model->D,
            NORM_EPS);
     return LADD_OK;
@@ -310,8 +311,8 @@ static ladd_status embed(const ladd_context *ctx, struct ladd_mmdit_saved *s, co
     return LADD_OK;
 }
 
-static ladd_status run_forward(const ladd_context *ctx, ladd_act *velocity, ladd_act *const *features, struct ladd_mmdit_saved *s, const ladd_act *latents,
-                               const float *sigma, const ladd_act *context, const ladd_act *pooled) {
+static ladd_status run_forward(const ladd_context *ctx, ladd_act *velocity, ladd_act *const *features, struct ladd_mmdit_saved *s,
+                               const ladd_act *latents, const float *sigma, const ladd_act *context, const ladd_act *pooled) {
     ladd_mmdit *m = s->model;
     const ladd_mmdit_config *c = &m->config;
     const ladd_weights w = {.data = m->params.data};
@@ -336,7 +337,8 @@ static ladd_status run_forward(const ladd_context *ctx, ladd_act *velocity, ladd
 }
 
 ladd_status ladd_mmdit_forward(const ladd_context *ctx, ladd_act *velocity, ladd_act *const *features, ladd_mmdit_saved **saved, ladd_mmdit *model,
-                               const ladd_mmdit_call *call, const ladd_act *latents, const float *sigma, const ladd_act *context, const ladd_act *pooled) {
+                               const ladd_mmdit_call *call, const ladd_act *latents, const float *sigma, const ladd_act *context,
+                               const ladd_act *pooled) {
     if (saved) *saved = NULL;
     struct ladd_mmdit_saved *s;
     LADD_TRY(begin(ctx, &s, model, call));
@@ -366,18 +368,20 @@ static ladd_status project_and_add_backward(const ladd_context *ctx, ladd_act *d
 }
 
 /* Of y = LN(x) (1 + scale) + shift: dx += ..., dshift, dscale. */
-static ladd_status normalise_backward(const ladd_context *ctx, ladd_act *dx, const ladd_act *dy, const ladd_act *x, const float *mean, const float *rstd,
-                                      const struct ladd_mmdit_saved *s, int shift, int scale, int tokens) {
-    LADD_K(ctx, layer_norm_modulate_backward, dx, dmod_row(ctx, s, shift), dmod_row(ctx, s, scale), dy, x, mean, rstd, mod_row(ctx, s, scale), s->mod_rows,
-           s->B, tokens, s->model->D);
+static ladd_status normalise_backward(const ladd_context *ctx, ladd_act *dx, const ladd_act *dy, const ladd_act *x, const float *mean,
+                                      const float *rstd, const struct ladd_mmdit_saved *s, int shift, int scale, int tokens) {
+    LADD_K(ctx, layer_norm_modulate_backward, dx, dmod_row(ctx, s, shift), dmod_row(ctx, s, scale), dy, x, mean, rstd, mod_row(ctx, s, scale),
+           s->mod_rows, s->B, tokens, s->model->D);
     return LADD_OK;
 }
 
 /* dx: gradient at the stream's exit on entry, at `mid` on return. */
-static ladd_status feed_forward_and_add_backward(const ladd_context *ctx, ladd_act *dx, ladd_act *branch, const stream_saved *t, const ladd_weights *w,
-                                                 const ladd_mmdit_stream_params *p, const struct ladd_mmdit_saved *s, int tokens) {
+static ladd_status feed_forward_and_add_backward(const ladd_context *ctx, ladd_act *dx, ladd_act *branch, const stream_saved *t,
+                                                 const ladd_weights *w, const ladd_mmdit_stream_params *p, const struct ladd_mmdit_saved *s,
+                                                 int tokens) {
     int D = s->model->D;
-    LADD_K(ctx, gate_residual_backward, branch, dmod_row(ctx, s, p->mod.gate2), dx, t->m, mod_row(ctx, s, p->mod.gate2), s->mod_rows, s->B, tokens, D);
+    LADD_K(ctx, gate_residual_backward, branch, dmod_row(ctx, s, p->mod.gate2), dx, t->m, mod_row(ctx, s, p->mod.gate2), s->mod_rows, s->B, tokens,
+           D);
     LADD_TRY(ladd_ff_backward(ctx, branch, s->hidden, branch, t->h, t->g, t->x2, w, &p->ff, s->B * tokens, D, 4 * D));
     return normalise_backward(ctx, dx, branch, t->mid, t->mean2, t->rstd2, s, p->mod.shift2, p->mod.scale2, tokens);
 }
@@ -447,8 +451,7 @@ static ladd_status embed_backward(const ladd_context *ctx, ladd_act *dlatents, l
     LADD_K(ctx, linear_backward, s->ds, ladd_weight_grad(w, m->modulation_weight), ladd_weight_grad(w, m->modulation_bias), s->dmod, s->s,
            ladd_weight(ctx, w, m->modulation_weight), B, s->mod_rows, D);
     LADD_K(ctx, silu_backward, s->ds, s->ds, s->e, (int64_t)B * D);
-    if (w->grad)
-        LADD_TRY(ladd_embedder_backward(ctx, NULL, s->sum, s->ds, s->time_h, s->time_a, s->features, w, &m->time, B, LADD_TIME_FEATURES, D));
+    if (w->grad) LADD_TRY(ladd_embedder_backward(ctx, NULL, s->sum, s->ds, s->time_h, s->time_a, s->features, w, &m->time, B, LADD_TIME_FEATURES, D));
     return ladd_embedder_backward(ctx, dpooled, s->sum, s->ds, s->pooled_h, s->pooled_a, s->pooled, w, &m->pooled, B, c->pooled_projection_dim, D);
 }
 

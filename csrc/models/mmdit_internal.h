@@ -22,7 +22,7 @@ typedef struct ladd_mmdit_block_params {
     ladd_mmdit_stream_params x, y; /* image, text */
     ladd_qkv_params dual_qkv;      /* image-only second attention */
     ladd_linear_params dual_out;
-    int modulation_end;            /* rows of the modulation product that blocks up to and including this one need */
+    int modulation_end; /* rows of the modulation product that blocks up to and including this one need */
 } ladd_mmdit_block_params;
 
 struct ladd_mmdit {

@@ -1,5 +1,6 @@
-/* MMDiT: the table of tensors under diffusers' names, initial values, the position table (facts: SD3 paper section 4 and diffusers' SD3Transformer2DModel
- * configuration). The order in the flat buffer is ours: what one product reads lies together (q, k, v; the modulations of all blocks). */
+/* MMDiT: the table of tensors under diffusers' names, initial values, the position table (facts: SD3 paper section 4 and diffusers'
+ * SD3Transformer2DModel configuration). The order in the flat buffer is ours: what one product reads lies together (q, k, v; the modulations of all
+ * blocks). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,7 +34,8 @@ static ladd_linear_params add_linear(builder *b, const char *prefix, const char 
     p.bias = add_vector(b, prefix, name, "bias", rows);
     return p;
 }
-static ladd_qkv_params add_qkv(builder *b, const char *prefix, const char *const names[3], const char *norm_q, const char *norm_k, int D, int dh, int norm) {
+static ladd_qkv_params add_qkv(builder *b, const char *prefix, const char *const names[3], const char *norm_q, const char *norm_k, int D, int dh,
+                               int norm) {
     ladd_qkv_params p = {.norm_q = -1, .norm_k = -1};
     for (int i = 0; i < 3; i++) {
         int64_t at = add_matrix(b, prefix, names[i], D, D);

@@ -1,5 +1,6 @@
 /* Kernels at odd sizes on arrays of exactly their size, each a float away from alignment: every element is read and written inside. What they compute
  * is proven by tests/test_kernels.py. */
+#include <math.h>
 #include <string.h>
 
 #include "check.h"
@@ -9,12 +10,18 @@ static float *odd(int64_t count, uint32_t seed) {
     float *x = test_array(count + 1, seed);
     return x + 1;
 }
+/* For outputs: what is not written stays NaN. */
+static float *unwritten(int64_t count) {
+    float *x = odd(count, 0);
+    for (int64_t i = 0; i < count; i++) x[i] = NAN;
+    return x;
+}
 static void drop(float *x) { free(x - 1); }
 
 static void linear(const ladd_context *ctx, int M, int N, int K) {
     const ladd_backend *k = ctx->backend;
-    float *y = odd((int64_t)M * N, 1), *h = odd((int64_t)M * N, 2), *x = odd((int64_t)M * K, 3), *w = odd((int64_t)N * K, 4), *bias = odd(N, 5);
-    float *dx = odd((int64_t)M * K, 6), *dw = odd((int64_t)N * K, 7), *dbias = odd(N, 8);
+    float *y = unwritten((int64_t)M * N), *h = unwritten((int64_t)M * N), *x = odd((int64_t)M * K, 3), *w = odd((int64_t)N * K, 4), *bias = odd(N, 5);
+    float *dx = unwritten((int64_t)M * K), *dw = odd((int64_t)N * K, 7), *dbias = odd(N, 8);
     CHECK_OK(k->linear_forward(ctx, y, x, w, bias, M, N, K));
     CHECK_OK(k->linear_forward(ctx, y, x, w, NULL, M, N, K));
     CHECK_OK(k->linear_gelu_forward(ctx, y, h, x, w, bias, M, N, K));
@@ -28,13 +35,13 @@ static void linear(const ladd_context *ctx, int M, int N, int K) {
 
 static void attention(const ladd_context *ctx, int B, int heads, int dh, int n0, int n1) {
     const int n[2] = {n0, n1}, row = 3 * heads * dh;
-    float *qkv[2], *o[2], *d[2], *d_o[2], *lse = odd((int64_t)B * heads * (n0 + n1), 9);
+    float *qkv[2], *o[2], *d[2], *d_o[2], *lse = unwritten((int64_t)B * heads * (n0 + n1));
     ladd_stream streams[2];
     ladd_stream_grad grads[2];
     for (int s = 0; s < 2; s++) {
         qkv[s] = odd((int64_t)B * n[s] * row, 10);
-        d[s] = odd((int64_t)B * n[s] * row, 11);
-        o[s] = odd((int64_t)B * n[s] * heads * dh, 12);
+        d[s] = unwritten((int64_t)B * n[s] * row);
+        o[s] = unwritten((int64_t)B * n[s] * heads * dh);
         d_o[s] = odd((int64_t)B * n[s] * heads * dh, 13);
         streams[s] = (ladd_stream){qkv[s], qkv[s] + heads * dh, qkv[s] + 2 * heads * dh,      row, (ptrdiff_t)n[s] * row,
                                    o[s],   heads * dh,          (ptrdiff_t)n[s] * heads * dh, n[s]};
@@ -58,7 +65,7 @@ static void conv2d(const ladd_context *ctx, ladd_conv c) {
     c.Wo = (c.W + c.pad_left + c.pad_right - c.kw) / c.stride + 1;
     if (c.upsample) c.Ho = 2 * c.H, c.Wo = 2 * c.W;
     int64_t n_y = (int64_t)c.B * c.Cout * c.Ho * c.Wo, n_x = (int64_t)c.B * c.Cin * c.H * c.W, n_w = (int64_t)c.Cout * c.Cin * c.kh * c.kw;
-    float *y = odd(n_y, 14), *x = odd(n_x, 15), *w = odd(n_w, 16), *bias = odd(c.Cout, 17), *dx = odd(n_x, 18), *dw = odd(n_w, 19),
+    float *y = unwritten(n_y), *x = odd(n_x, 15), *w = odd(n_w, 16), *bias = odd(c.Cout, 17), *dx = unwritten(n_x), *dw = odd(n_w, 19),
           *db = odd(c.Cout, 20);
     CHECK_OK(ctx->backend->conv2d_forward(ctx, y, x, w, bias, &c));
     CHECK_OK(ctx->backend->conv2d_forward(ctx, y, x, w, NULL, &c));
@@ -73,7 +80,7 @@ static void conv2d(const ladd_context *ctx, ladd_conv c) {
 static void norms(const ladd_context *ctx, int B, int N, int D, int G) {
     const ladd_backend *k = ctx->backend;
     int64_t n = (int64_t)B * N * D;
-    float *y = odd(n, 21), *x = odd(n, 22), *dx = odd(n, 23), *mean = odd((int64_t)B * N, 24), *rstd = odd((int64_t)B * N, 25);
+    float *y = unwritten(n), *x = odd(n, 22), *dx = odd(n, 23), *mean = unwritten((int64_t)B * N), *rstd = unwritten((int64_t)B * N);
     float *mod = odd((int64_t)B * 3 * D, 26), *dmod = odd((int64_t)B * 3 * D, 27), *w = odd(D, 28), *dw = odd(D, 29), *b = odd(D, 30),
           *db = odd(D, 31);
     CHECK_OK(k->layer_norm_modulate_forward(ctx, y, mean, rstd, x, mod, mod + D, 3 * D, B, N, D, 1e-6f));
@@ -107,13 +114,15 @@ static void images(const ladd_context *ctx, int B, int C, int H, int W, int p) {
     const ladd_backend *k = ctx->backend;
     int64_t n = (int64_t)B * C * H * W;
     int h = H / p, w = W / p;
-    float *image = odd(n, 35), *tokens = odd((int64_t)B * h * w * C * p * p, 36), *big = odd(4 * n, 37), *table = odd(15 * 15 * C * p * p, 38);
+    float *image = odd(n, 35), *tokens = unwritten((int64_t)B * h * w * C * p * p), *big = unwritten(4 * n), *table = odd(15 * 15 * C * p * p, 38);
     for (int last = 0; last < 2; last++) {
         CHECK_OK(k->patch_gather(ctx, tokens, image, B, C, H, W, p, last));
         CHECK_OK(k->patch_scatter(ctx, image, tokens, B, C, H, W, p, last));
     }
+    CHECK(test_finite(tokens, (int64_t)B * h * w * C * p * p) && test_finite(image, n));
     CHECK_OK(k->add_position(ctx, tokens, table, B, h, w, 15, C * p * p));
     CHECK_OK(k->upsample2x_forward(ctx, big, image, B * C, H, W));
+    CHECK(test_finite(big, 4 * n));
     CHECK_OK(k->upsample2x_backward(ctx, image, big, B * C, H, W));
     drop(image);
     drop(tokens);
@@ -165,7 +174,7 @@ static void vectors(const ladd_context *ctx, int B, int64_t n) {
 }
 
 static void spectral(const ladd_context *ctx, int R, int K) {
-    float *w = odd((int64_t)R * K, 45), *w_hat = odd((int64_t)R * K, 46), *u = odd(R, 47), *v = odd(K, 48), *dw = odd((int64_t)R * K, 49),
+    float *w = odd((int64_t)R * K, 45), *w_hat = unwritten((int64_t)R * K), *u = odd(R, 47), *v = unwritten(K), *dw = odd((int64_t)R * K, 49),
           sigma = 0.0f;
     CHECK_OK(ctx->backend->spectral_norm_forward(ctx, w_hat, u, v, &sigma, w, R, K, 2));
     CHECK_OK(ctx->backend->spectral_norm_backward(ctx, dw, w, w_hat, u, v, &sigma, R, K));

@@ -113,7 +113,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no latent shards: index.json is missing (make them with `ladd generate`)")
     try:
-        index = json.loads(path.read_text())
+        index: dict[str, Any] = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     ok = isinstance(index, dict) and index.get("format") == FORMAT and isinstance(index.get("provenance"), dict)
@@ -150,7 +150,7 @@ class LatentShards:
         for entry in index["shards"]:
             path = self.folder / entry["file"]
             try:
-                file = safe_open(path, framework="np")
+                file: Any = safe_open(path, framework="np")
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 prompts = json.loads((file.metadata() or {}).get("prompts", "[]"))
             except (SafetensorError, OSError, json.JSONDecodeError) as error:

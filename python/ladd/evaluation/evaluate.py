@@ -6,7 +6,8 @@ should vary in.
 
     fid, kid      against a fixed set of real training views, in the features of the project's own network: comparable with
                   nothing but tables made with the same network (classifier.py)
-    recall        share of the caption's content words that the network sees in the picture
+    recall        share of the caption's content words that the network sees in the picture; "of real": over its share in real
+                  pictures of the same prompts
     background    share of the prompts that name a background colour and get it
     diversity     spread of background, place and scale within a prompt, over the real spread (metrics.relative_diversity)
     nearest       median distance to the nearest training view, in features and in pixels: far below that of held-out real
@@ -346,6 +347,7 @@ COLUMNS = (
     ("fid", "FID", "{:.2f}"),
     ("kid", "KID", "{:.3f}"),
     ("recall", "recall", "{:.3f}"),
+    ("recall_of_real", "of real", "{:.2f}"),
     ("background", "background", "{:.3f}"),
     ("diversity_overall", "diversity", "{:.2f}"),
     ("diversity_background", "of background", "{:.2f}"),
@@ -427,7 +429,7 @@ def run(
     out: str | Path | None = None,
     *,
     pictures: int = 1024,
-    held_out_pictures: int = 512,
+    held_out_pictures: int = 256,
     views: int = 2,
     seeds: Sequence[int] = (0, 1, 2),
     reference_pictures: int = 4096,

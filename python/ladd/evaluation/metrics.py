@@ -80,9 +80,7 @@ def kernel_distance(
     if subsets < 1:
         raise ValueError(f"subsets must be at least 1, got {subsets}")
     draw = np.random.default_rng(seed)
-    values = [
-        polynomial_mmd(a[draw.choice(len(a), size, replace=False)], b[draw.choice(len(b), size, replace=False)]) for _ in range(subsets)
-    ]
+    values = [polynomial_mmd(a[draw.choice(len(a), size, replace=False)], b[draw.choice(len(b), size, replace=False)]) for _ in range(subsets)]
     return float(np.mean(values)), float(np.std(values))
 
 

@@ -77,12 +77,14 @@ class AutoencoderTrainer:
     def step(self, images: Array, step: int, rate_scale: float = 1.0) -> dict[str, float]:
         """One update on images [B,3,H,W] in [-1, 1]."""
         moments, saved_encoder = self.core.encode(images, keep=True)
+        assert saved_encoder is not None
         mean, logvar = np.split(moments, 2, axis=1)
         clamped = np.clip(logvar, *LOGVAR_RANGE)
         deviation = np.exp(0.5 * clamped)
         noise = _core.normal(mean.shape, self.run.seed, _purposes.VAE_POSTERIOR, step)
         z = mean + deviation * noise
         out, saved_decoder = self.core.decode(z, keep=True)
+        assert saved_decoder is not None
 
         loss, dout = reconstruction_loss(out, images, self.run)
         variance = deviation * deviation
@@ -91,6 +93,7 @@ class AutoencoderTrainer:
             raise FloatingPointError(f"the autoencoder's loss is not finite at step {step}: reconstruction {loss}, KL {kl}")
 
         dz = saved_decoder.backward(dout)
+        assert dz is not None
         weight = np.float32(self.run.kl_weight / mean.size)
         dmean = dz + weight * mean
         dlogvar = (dz * noise * deviation + weight * (variance - 1)) * np.float32(0.5)

@@ -187,7 +187,7 @@ def sha256(*arrays: Array) -> str:
     """Hash of the bytes of arrays: the identity of weights in provenance and checks."""
     digest = hashlib.sha256()
     for a in arrays:
-        digest.update(memoryview(np.ascontiguousarray(a)).cast("B"))
+        digest.update(np.ascontiguousarray(a).view(np.uint8).data)
     return digest.hexdigest()
 
 

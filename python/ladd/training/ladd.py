@@ -213,9 +213,7 @@ class LADD:
     def _renoised_real(self, part: Part) -> Array:
         return _core.renoise(part.latents, part.draws.t_hat_real, self.config.seed, _purposes.RENOISE_REAL, part.draws.key, part.samples)
 
-    def _heads(
-        self, features: list[Array], t_hat: Array, part: Part, *, update_u: bool = False, keep: bool = True
-    ) -> tuple[list[Array], Any]:
+    def _heads(self, features: list[Array], t_hat: Array, part: Part, *, update_u: bool = False, keep: bool = True) -> tuple[list[Array], Any]:
         d = self.discriminator.config
         p = self.teacher.config.patch_size
         grid = (part.latents.shape[2] // p, part.latents.shape[3] // p)
@@ -451,10 +449,10 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), seed=ladd_config.seed)
     trainer = LADD(student, teacher, heads, ladd_config, allow_noise_latents=parts["data"].allow_noise_latents)
     if dry_run:
-        rows = min(settings.batch, ladd_config.micro_batch or settings.batch)
+        at_once = min(settings.batch, ladd_config.micro_batch or settings.batch)
         tokens = pipe.text.max_words
-        kept = student.plan(rows, shape[1], shape[2], tokens, keep=True) + teacher.plan(
-            rows, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True
+        kept = student.plan(at_once, shape[1], shape[2], tokens, keep=True) + teacher.plan(
+            at_once, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True
         )
         fixed = 4 * (5 * student.num_parameters + teacher.num_parameters + 4 * heads.num_parameters)
         print(
@@ -462,14 +460,12 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
             f"{settings.steps} steps of {settings.batch}\nmemory: weights, gradients, moments and EMA {fixed / 2**20:.0f} MiB, activations {kept / 2**20:.0f} MiB"
         )
         return None
-    book = common.Run(
-        out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap")
-    )
+    book = common.Run(out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap"))
     book.restore(trainer)
     z = shards.batch(np.arange(min(1024, len(shards)))).latents
     common.tqdm_write(f"real latents: {len(shards)} from {shards.folder}, mean {z.mean():.3f}, deviation {z.std():.3f}")
     common.save_grid(book.out / "samples" / "real.png", pipe.vae.decode(z[:32]), columns=8)
-    preview = np.arange(min(32, len(shards)))
+    preview: Array = np.arange(min(32, len(shards)))
     for step in book:
         rows = epoch_rows(len(shards), settings.batch, ladd_config.seed, step)
         batch = shards.batch(rows)

@@ -105,6 +105,7 @@ class TeacherTrainer:
         context, pooled = self.text.encode_ids(ids)
         x_t, noise = _core.renoise(latents, t, r.seed, _purposes.TEACHER_NOISE, step, return_noise=True)
         v, saved = self.model._core.forward(x_t, t, context, pooled, keep=True)
+        assert saved is not None
         difference = v - (noise - latents)
         loss = float(np.square(difference).mean(dtype=np.float64))
         if not math.isfinite(loss):
