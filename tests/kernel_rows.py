@@ -30,9 +30,7 @@ class Row:
     inputs: Arrays
     forward: Callable[[Arrays, Any], Arrays]  # (inputs, out or None) -> results by name, the one that `out` receives is "y"
     oracle: Callable[[dict[str, Tensor]], dict[str, Any]]  # the same results in float64
-    backward: Callable[[Arrays, Arrays, Array], Arrays] | None = (
-        None  # (inputs, forward's results, dy) -> gradients by input name
-    )
+    backward: Callable[[Arrays, Arrays, Array], Arrays] | None = None  # (inputs, forward's results, dy) -> gradients by input name
     tolerance: float = 2e-6
     backward_tolerance: float = 1e-5
     out: bool = True  # forward takes out=
@@ -164,9 +162,7 @@ def layouts(rows: list[Row]) -> None:
                 )
             )
 
-            def scatter(
-                t: dict[str, Tensor], c: int = c, h: int = h, w: int = w, p: int = p, last: bool = last
-            ) -> dict[str, Any]:
+            def scatter(t: dict[str, Tensor], c: int = c, h: int = h, w: int = w, p: int = p, last: bool = last) -> dict[str, Any]:
                 x, r, q = t["tokens"].data, h // p, w // p
                 image = np.zeros((x.shape[0], c, h, w))
                 x = x.reshape((-1, r, q, p, p, c) if last else (-1, r, q, c, p, p))
@@ -333,8 +329,8 @@ def attention(rows: list[Row]) -> None:
             lse = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
             return {"y": ad.attention(q, k, v).transpose(0, 2, 1, 3), "lse": lse}
 
-        def backward(i: Arrays, r: Arrays, dy: Array, streams: Any = streams, tokens: Any = tokens) -> Arrays:
-            cuts = np.cumsum(tokens)[:-1]
+        def backward(i: Arrays, r: Arrays, dy: Array, streams: Any = streams) -> Arrays:
+            cuts = np.cumsum([q.shape[1] for q, _, _ in streams(i)])[:-1]
             split = [np.ascontiguousarray(part) for part in np.split(dy, cuts, axis=1)]
             outs = [np.ascontiguousarray(part) for part in np.split(r["y"], cuts, axis=1)]
             grads = _core.attention_backward(split, streams(i), outs, r["lse"])
@@ -572,9 +568,7 @@ def random_numbers(rows: list[Row]) -> None:
                     ("renoise",),
                     f"{size}seed{seed}",
                     {"x0": normal(51, *shape), "t": np.linspace(0.9, 0.2, shape[0]).astype(np.float32)},
-                    lambda i, out, k=key: dict(
-                        zip(("y", "noise"), _core.renoise(i["x0"], i["t"], *k, True, out=out), strict=True)
-                    ),
+                    lambda i, out, k=key: dict(zip(("y", "noise"), _core.renoise(i["x0"], i["t"], *k, True, out=out), strict=True)),
                     oracle,
                     in_place="x0",
                 )

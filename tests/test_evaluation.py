@@ -341,9 +341,7 @@ def summary(**fid: float) -> dict[str, Any]:
     }
     names["fifty"] = "teacher, 50 steps, guided"
     numbers = ("recall", "diversity_overall")
-    return {
-        names[key]: {"fid": {"mean": value, "std": 0.0}, **{n: {"mean": 0.8, "std": 0.0} for n in numbers}} for key, value in fid.items()
-    }
+    return {names[key]: {"fid": {"mean": value, "std": 0.0}, **{n: {"mean": 0.8, "std": 0.0} for n in numbers}} for key, value in fid.items()}
 
 
 def test_the_bar() -> None:

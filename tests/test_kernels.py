@@ -55,9 +55,7 @@ def check(row: Row) -> None:
         for name, value in gradients(row, results).items():
             reference = leaves[name].grad
             assert reference is not None
-            support.assert_close(
-                value, reference, row.backward_tolerance, f"{row.id}: gradient of {name}", row.floors.get(name, 0.0)
-            )
+            support.assert_close(value, reference, row.backward_tolerance, f"{row.id}: gradient of {name}", row.floors.get(name, 0.0))
     for name, value in before.items():
         assert support.same_bits(value, row.inputs[name]), f"{row.id}: input {name} was changed"
 
@@ -158,6 +156,12 @@ def test_unknown_instruction_set_is_an_error() -> None:
     assert done.returncode != 0 and "LADD_CPU" in done.stderr and "mmx" in done.stderr
 
 
+def test_timing_mode() -> None:
+    done = run_with(_core.backend_name(), "--time", "gelu-17")
+    assert done.returncode == 0 and re.search(r"^gelu-17 +forward +[\d.]+  backward +[\d.]+$", done.stdout, re.MULTILINE), done.stdout
+    assert run_with(_core.backend_name(), "--fast").returncode == 2
+
+
 def test_philox_known_answers() -> None:
     """The known-answer vectors of the Random123 distribution, for the oracle; the kernels are compared with the oracle."""
     full = 0xFFFFFFFF
@@ -214,7 +218,8 @@ def timings(word: str) -> None:
             results = row.forward(row.inputs, None)
             line = f"{row.id:60s} forward {1e6 * seconds(lambda r=row: r.forward(r.inputs, None)):10.1f}"
             if row.backward is not None:
-                line += f"  backward {1e6 * seconds(lambda r=row, v=results: gradients(r, v)):10.1f}"
+                dy = cotangent(row, results["y"])
+                line += f"  backward {1e6 * seconds(lambda r=row, v=results, dy=dy: r.backward(r.inputs, v, dy)):10.1f}"
             print(line)
 
 

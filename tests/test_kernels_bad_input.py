@@ -80,6 +80,8 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "upsample2x_backward": lambda: {"dy": normal(2, 3, 4, 8), "out": normal(2, 3, 2, 4)},
     "spectral_norm_forward": lambda: {"w": normal(3, 4), "u": normal(3), "iterations": 2},
     "spectral_norm_backward": lambda: {"dw_hat": normal(3, 4), "w_hat": normal(3, 4), "u": normal(3), "v": normal(4), "sigma": 2.0},
+    "channel_dot_forward": lambda: {"x": normal(2, 3, 4), "e": normal(2, 3), "bias": normal(1), "out": normal(2, 4)},
+    "channel_dot_backward": lambda: {"dy": normal(2, 4), "x": normal(2, 3, 4), "e": normal(2, 3)},
     "transpose": lambda: {"x": normal(2, 3, 4), "out": normal(2, 4, 3)},
     "patch_gather": lambda: {"image": normal(2, 3, 4, 6), "patch_size": 2, "channel_last": True},
     "patch_scatter": lambda: {"tokens": normal(2, 6, 12), "channels": 3, "height": 4, "width": 6, "patch_size": 2, "channel_last": True},
@@ -176,6 +178,9 @@ def test_size_zero(kernel: str, name: str) -> None:
 def test_strided_view(kernel: str, name: str) -> None:
     call = CALLS[kernel]()
     call[name] = np.repeat(call[name], 2, axis=-1)[..., ::2]
+    if call[name].size == 1:  # a single number is contiguous at any stride
+        getattr(_core, kernel)(**call)
+        return
     refused(kernel, call, ValueError, f"^{name}: expected a C-contiguous array, got a strided view")
 
 
@@ -205,10 +210,9 @@ def test_read_only(kernel: str, name: str) -> None:
 def test_memory_shared_with_the_result(kernel: str, name: str) -> None:
     """The very memory of an input may be `out` where the kernel works element by element; a shifted one never."""
     call = CALLS[kernel]()
-    room = np.zeros(call["out"].size + call[name].size + 1, np.float32)
-    shifted = room[1 : 1 + call["out"].size].reshape(call["out"].shape)
-    call["out"] = shifted
-    call[name] = room[: call[name].size].reshape(call[name].shape)
+    shape, size, size_of_out = call[name].shape, call[name].size, call["out"].size
+    room = np.ones(size_of_out + size - 1, np.float32)  # the last element of out is the first of the input
+    call["out"], call[name] = room[:size_of_out].reshape(call["out"].shape), room[size_of_out - 1 :].reshape(shape)
     refused(kernel, call, ValueError, f"^out: expected memory apart from {name}")
 
 

@@ -170,14 +170,25 @@ def test_guidance_that_is_off_costs_nothing(scale: float) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_picture_depends_on_its_own_seed_only(method: str, rng: Any) -> None:
     options: dict[str, Any] = {"size": (6, 6), "steps": 3, "method": method, "rng": rng}
-    together = ladd.sample(MODEL, CONTEXT, POOLED, seeds=[11, 5, 11 << 32], **options)
-    for i, seed in enumerate([11, 5, 11 << 32]):
+    seeds = [11, 5, 11 << 32]
+    together = ladd.sample(MODEL, CONTEXT, POOLED, seeds=seeds, **options)
+    # To the last places: how a product is cut in blocks depends on its number of rows.
+    for i, seed in enumerate(seeds):
         alone = ladd.sample(MODEL, CONTEXT[i : i + 1], POOLED[i : i + 1], seeds=[seed], **options)
-        assert same_bits(alone[0], together[i])
-    swapped = ladd.sample(MODEL, CONTEXT[::-1], POOLED[::-1], seeds=[11 << 32, 5, 11], **options)
-    assert same_bits(swapped[::-1], together)
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
+    swapped = ladd.sample(MODEL, CONTEXT[::-1], POOLED[::-1], seeds=seeds[::-1], **options)
+    np.testing.assert_allclose(swapped[::-1], together, atol=1e-5)
     other = ladd.sample(MODEL, CONTEXT, POOLED, seeds=[11, 6, 11 << 32], **options)
-    assert same_bits(other[0], together[0]) and not same_bits(other[1], together[1])
+    np.testing.assert_allclose(other[0], together[0], atol=1e-5)
+    assert np.abs(other[1] - together[1]).max() > 0.1
+    if rng == "philox":  # a Mersenne twister only takes the low 32 bits of a seed
+        assert np.abs(noise((3, 4, 6, 6), seeds)[0] - noise((3, 4, 6, 6), seeds)[2]).max() > 0.1
+
+
+def test_noise_of_a_seed_has_the_same_bits_in_every_batch() -> None:
+    together = noise((4, 4, 5, 3), [9, 1, 9, 2])
+    assert same_bits(together[0], together[2])
+    assert all(same_bits(together[i], noise((1, 4, 5, 3), [seed])[0]) for i, seed in enumerate([9, 1, 9, 2]))
 
 
 def test_one_seed_counts_up() -> None:

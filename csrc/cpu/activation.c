@@ -3,7 +3,7 @@
 
 enum { ACTIVATION_CHUNK = 16384 };
 
-/* The slopes are taken for any x and replaced by their limits where |x| is so large that they are 0 or 1 to the last bit (and 0 * inf could arise). */
+/* The slopes are taken for any x and replaced by their limits where |x| is so large that they are 0 or 1 to the last bit: 0 * inf could arise. */
 static inline float activation_gelu_slope(float x) {
     float s = 1.0f / (1.0f + ladd_expf(-1.5957691216f * x * (1.0f + 0.044715f * x * x)));
     float slope = s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
@@ -27,16 +27,16 @@ typedef struct activation_job {
 } activation_job;
 
 /* Defines the task `name` that sets y[i] to `value` for its chunk; in it: j the job, x and dy its inputs. y may be x or dy. */
-#define ACTIVATION_TASK(name, value)                                                               \
-    static void name(void *argument, int64_t chunk) {                                              \
-        const activation_job *j = argument;                                                        \
-        int64_t from = chunk * ACTIVATION_CHUNK, left = j->n - from;                               \
-        int count = (int)(left < ACTIVATION_CHUNK ? left : ACTIVATION_CHUNK);                      \
-        float *y = j->y + from;                                                                    \
-        const float *x = j->x + from, *dy = j->dy ? j->dy + from : NULL;                           \
-        float slope = j->slope;                                                                    \
-        (void)dy, (void)slope;                                                                     \
-        _Pragma("GCC ivdep") for (int i = 0; i < count; i++) y[i] = (value);                       \
+#define ACTIVATION_TASK(name, value)                                          \
+    static void name(void *argument, int64_t chunk) {                         \
+        const activation_job *j = argument;                                   \
+        int64_t from = chunk * ACTIVATION_CHUNK, left = j->n - from;          \
+        int count = (int)(left < ACTIVATION_CHUNK ? left : ACTIVATION_CHUNK); \
+        float *y = j->y + from;                                               \
+        const float *x = j->x + from, *dy = j->dy ? j->dy + from : NULL;      \
+        float slope = j->slope;                                               \
+        (void)dy, (void)slope;                                                \
+        _Pragma("GCC ivdep") for (int i = 0; i < count; i++) y[i] = (value);  \
     }
 ACTIVATION_TASK(activation_gelu_task, ladd_gelu(x[i]))
 ACTIVATION_TASK(activation_gelu_grad_task, dy[i] * activation_gelu_slope(x[i]))

@@ -5,8 +5,8 @@
 
 /* Every kernel file here is compiled once per instruction set: isa_plain.c, isa_avx2.c and isa_avx512.c each set the target and LADD_ISA, then
  * include all kernel files. So a kernel is plain C with loops that vectorise (or intrinsics beside their plain loop, under #if defined(__AVX512F__)
- * or __AVX2__), defines `ladd_status LADD_CPU(name)(...)` for each of its rows, and names its static helpers after its family, for the files share one
- * translation unit. dispatch.c picks the table at run time by CPUID, or by the environment variable LADD_CPU=avx512|avx2|plain. */
+ * or __AVX2__), defines `ladd_status LADD_CPU(name)(...)` for each of its rows, and names its static helpers after its family, for the files share
+ * one translation unit. dispatch.c picks the table at run time by CPUID, or by the environment variable LADD_CPU=avx512|avx2|plain. */
 #define LADD_PASTE_(a, b, c) a##b##_##c
 #define LADD_PASTE(a, b, c) LADD_PASTE_(a, b, c)
 #ifdef LADD_ISA
@@ -31,8 +31,8 @@ void ladd_parallel(int64_t n, void (*task)(void *argument, int64_t i), void *arg
 void *ladd_scratch(int slot, size_t bytes);
 
 /* C[M,N] = alpha op(A) op(B) + beta C on the calling thread (OpenBLAS). ta/tb: 1 = transposed. Leading dimensions in elements, row-major. */
-void ladd_sgemm(int ta, int tb, int M, int N, int K, float alpha, const float *A, ptrdiff_t lda, const float *B, ptrdiff_t ldb, float beta,
-                float *C, ptrdiff_t ldc);
+void ladd_sgemm(int ta, int tb, int M, int N, int K, float alpha, const float *A, ptrdiff_t lda, const float *B, ptrdiff_t ldb, float beta, float *C,
+                ptrdiff_t ldc);
 /* The same over the pool, cut by shape only. */
 void ladd_sgemm_parallel(int ta, int tb, int M, int N, int K, float alpha, const float *A, ptrdiff_t lda, const float *B, ptrdiff_t ldb, float beta,
                          float *C, ptrdiff_t ldc);
@@ -51,9 +51,6 @@ static inline void ladd_cut_tile(const ladd_cut *cut, int64_t i, int M, int N, i
     *n = N - *n0 < cut->tn ? N - *n0 : cut->tn;
 }
 
-/* What OpenBLAS says of itself: version, core type. */
-const char *ladd_openblas_config(void);
-
 /* ladd_parallel where the work (elements read and written) pays for waking the pool, else the same tasks on this thread. */
 static inline void ladd_parallel_work(int64_t n, int64_t work, void (*task)(void *argument, int64_t i), void *argument) {
     if (work >= 32768)
@@ -65,23 +62,29 @@ static inline void ladd_parallel_work(int64_t n, int64_t work, void (*task)(void
 /* condition ? a : b by bits. With ?: and a constant arm the compiler computes what follows once for each arm, also for lanes that need none of it:
  * that costs divisions, denormal results, or the vectorisation of the loop. */
 static inline float ladd_select(int condition, float a, float b) {
-    union { float f; uint32_t u; } x = {a}, y = {b};
+    union {
+        float f;
+        uint32_t u;
+    } x = {a}, y = {b};
     uint32_t mask = -(uint32_t)(condition != 0);
     x.u = (x.u & mask) | (y.u & ~mask);
     return x.f;
 }
 
-/* exp for vector loops: within 2 ulp of expf on [-87, 88], clamped outside, NaN stays NaN; plain arithmetic, so that it vectorises. */
+/* exp for vector loops: within 1 ulp of the true value on [-87, 88], clamped outside, NaN stays NaN; plain arithmetic, so that it vectorises. */
 static inline float ladd_expf(float x) {
-    union { float f; uint32_t u; } t, s;
+    union {
+        float f;
+        uint32_t u;
+    } t, s;
     x = ladd_select(x < -87.0f, -87.0f, x);
     x = ladd_select(x > 88.0f, 88.0f, x);
     t.f = x * 1.44269504f + 12582912.0f; /* rounds to the nearest integer, which then stands in the low bits */
     float n = t.f - 12582912.0f;
     float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float q = 0.5f + r * (0.166666672f + r * (0.0416664146f + r * (0.00833337f + r * 0.00138965f)));
+    float q = 0.49999994f + r * (0.1666652f + r * (0.0416684f + r * (0.008368848f + r * 0.0013814328f))); /* minimax for (exp(r) - 1 - r) / r^2 */
     float p = 1.0f + (r + r * r * q); /* the small terms first: their rounding then hardly counts */
-    s.u = (t.u + 127u) << 23; /* 2^n */
+    s.u = (t.u + 127u) << 23;         /* 2^n */
     return p * s.f;
 }
 

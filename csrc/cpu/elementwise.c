@@ -14,16 +14,16 @@ typedef struct elementwise_job {
 } elementwise_job;
 
 /* Defines the task `name`: `body` is the statement for element i; in it y, a, b are the chunk's arrays and f the row's factor. y may be a or b. */
-#define ELEMENTWISE_TASK(name, body)                                                              \
-    static void name(void *argument, int64_t task) {                                              \
-        const elementwise_job *j = argument;                                                      \
+#define ELEMENTWISE_TASK(name, body)                                                                     \
+    static void name(void *argument, int64_t task) {                                                     \
+        const elementwise_job *j = argument;                                                             \
         int64_t row = task / j->chunks, from = task % j->chunks * ELEMENTWISE_CHUNK, left = j->n - from; \
-        int count = (int)(left < ELEMENTWISE_CHUNK ? left : ELEMENTWISE_CHUNK);                   \
-        float *y = j->y + row * j->n + from;                                                      \
-        const float *a = j->a + row * j->n + from, *b = j->b ? j->b + row * j->n + from : NULL;   \
-        float f = j->t ? j->t[row] : j->alpha;                                                    \
-        (void)b, (void)f;                                                                         \
-        _Pragma("GCC ivdep") for (int i = 0; i < count; i++) body;                                \
+        int count = (int)(left < ELEMENTWISE_CHUNK ? left : ELEMENTWISE_CHUNK);                          \
+        float *y = j->y + row * j->n + from;                                                             \
+        const float *a = j->a + row * j->n + from, *b = j->b ? j->b + row * j->n + from : NULL;          \
+        float f = j->t ? j->t[row] : j->alpha;                                                           \
+        (void)b, (void)f;                                                                                \
+        _Pragma("GCC ivdep") for (int i = 0; i < count; i++) body;                                       \
     }
 ELEMENTWISE_TASK(elementwise_add_task, y[i] = a[i] + b[i])
 ELEMENTWISE_TASK(elementwise_axpy_task, y[i] += f * a[i])

@@ -42,8 +42,8 @@ ladd_status LADD_CPU(linear_forward)(LADD_CTX, ladd_act *y, const ladd_act *x, c
     return LADD_OK;
 }
 
-ladd_status LADD_CPU(linear_gelu_forward)(LADD_CTX, ladd_act *y, ladd_act *h, const ladd_act *x, const ladd_act *w, const ladd_act *bias, int M, int N,
-                                          int K_) {
+ladd_status LADD_CPU(linear_gelu_forward)(LADD_CTX, ladd_act *y, ladd_act *h, const ladd_act *x, const ladd_act *w, const ladd_act *bias, int M,
+                                          int N, int K_) {
     (void)ctx;
     linear_run(y, h, x, w, bias, M, N, K_);
     return LADD_OK;
@@ -112,8 +112,8 @@ static void linear_grad_task(void *argument, int64_t i) {
 }
 
 /* The three results are independent, so their tasks share one job: no thread idles between them. */
-ladd_status LADD_CPU(linear_backward)(LADD_CTX, ladd_act *dx, float *dw, float *dbias, const ladd_act *dy, const ladd_act *x, const ladd_act *w, int M,
-                                      int N, int K_) {
+ladd_status LADD_CPU(linear_backward)(LADD_CTX, ladd_act *dx, float *dw, float *dbias, const ladd_act *dy, const ladd_act *x, const ladd_act *w,
+                                      int M, int N, int K_) {
     (void)ctx;
     if (M <= 0 || N <= 0) return LADD_OK;
     linear_grad_job job = {.dx = dx, .dw = dw, .dbias = dbias, .dy = dy, .x = x, .w = w, .M = M, .N = N, .K = K_};

@@ -82,8 +82,8 @@ ladd_status LADD_CPU(add_position)(LADD_CTX, ladd_act *x, const ladd_act *table,
 
 /* ---- timestep features ----------------------------------------------------------------------------------------------- */
 
-/* Near t = 1000 one unit in the last place of a frequency moves a feature by 6e-5, so the rounding steps are those that match PyTorch best: exponent in
- * float, exp in double rounded to float, product in float, sine and cosine in double. */
+/* Near t = 1000 one unit in the last place of a frequency moves a feature by 6e-5, so the rounding steps are those that match PyTorch best: exponent
+ * in float, exp in double rounded to float, product in float, sine and cosine in double. */
 ladd_status LADD_CPU(timestep_features)(LADD_CTX, ladd_act *f, const float *sigma, int B, int dim) {
     (void)ctx;
     if (dim < 2 || dim % 2) return ladd_fail(LADD_ERR_VALUE, "an even number of timestep features expected, got %d", dim);

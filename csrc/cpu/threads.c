@@ -29,9 +29,9 @@ static struct {
     void (*task)(void *argument, int64_t i);
     void *argument;
     int64_t n;
-    int open;                /* the job accepts workers */
-    atomic_int active;       /* workers inside the job */
-    atomic_uint generation;  /* changes when there is news for the workers */
+    int open;                 /* the job accepts workers */
+    atomic_int active;        /* workers inside the job */
+    atomic_uint generation;   /* changes when there is news for the workers */
     atomic_int_fast64_t next; /* first task that nobody took */
 } pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 

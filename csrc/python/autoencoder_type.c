@@ -6,8 +6,8 @@
 
 /* ---- configuration --------------------------------------------------------------------------------------------------- */
 
-/* down_block_types and up_block_types: only one kind is built, so all that can be right is `levels` times its name. One name alone is diffusers' class
- * default and stands for any number of levels. */
+/* down_block_types and up_block_types: only one kind is built, so all that can be right is `levels` times its name. One name alone is diffusers'
+ * class default and stands for any number of levels. */
 static int check_blocks(core_config *config, const char *key, const char *only, int levels) {
     int ok, good = 0;
     PyObject *value = core_config_take(config, key, 0, &ok);
@@ -161,8 +161,8 @@ static PyObject *run(core_model *self, PyObject *input, PyObject *keep_flag, int
     if (core_begin(&call, self->lock) < 0) goto done;
     ladd_status (*direction)(const ladd_context *, ladd_act *, ladd_vae_saved **, ladd_vae *, const ladd_act *, int, int, int) =
         encode ? ladd_vae_encode : ladd_vae_decode;
-    ladd_status status = direction(&call.ctx, core_data(output), keep ? &kept : NULL, self->model, core_data(input), IDIM(&dims, 'B'), IDIM(&dims, 'H'),
-                                   IDIM(&dims, 'W'));
+    ladd_status status = direction(&call.ctx, core_data(output), keep ? &kept : NULL, self->model, core_data(input), IDIM(&dims, 'B'),
+                                   IDIM(&dims, 'H'), IDIM(&dims, 'W'));
     int failed = core_end(&call, status);
     if (saved) saved->saved = kept;
     if (failed < 0) goto done;

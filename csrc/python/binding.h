@@ -1,7 +1,7 @@
 /* What the files of the binding share. This folder is the only place that includes Python.h.
  *
- * The order of every entry point: check all arguments, allocate the results, core_begin (lock the object, release the GIL), compute, core_end (take the
- * GIL back, unlock, turn the status into an exception). So bad input is refused before anything changed.
+ * The order of every entry point: check all arguments, allocate the results, core_begin (lock the object, release the GIL), compute, core_end (take
+ * the GIL back, unlock, turn the status into an exception). So bad input is refused before anything changed.
  */
 #ifndef LADD_BINDING_H
 #define LADD_BINDING_H
@@ -55,10 +55,10 @@ int core_end(core_call *call, ladd_status status);        /* 0, or -1 with the e
 int core_raise(ladd_status status);                       /* sets that exception (GIL held); always -1 */
 
 /* Runs one kernel of the table without an object; `result` becomes 0 or -1. */
-#define CORE_KERNEL(result, name, ...)                                                               \
-    do {                                                                                             \
-        core_call call_;                                                                             \
-        result = core_begin(&call_, NULL);                                                           \
+#define CORE_KERNEL(result, name, ...)                                                                \
+    do {                                                                                              \
+        core_call call_;                                                                              \
+        result = core_begin(&call_, NULL);                                                            \
         if (result == 0) result = core_end(&call_, call_.ctx.backend->name(&call_.ctx, __VA_ARGS__)); \
     } while (0)
 
@@ -71,8 +71,8 @@ typedef struct core_dims {
 #define DIM(dims, letter) ((dims)->of[(unsigned char)(letter)])
 #define IDIM(dims, letter) ((int)DIM(dims, letter))
 
-/* Checks that `object` is a float32, aligned, C-contiguous ndarray with one axis for each letter of `shape`, every size from 1 to INT_MAX. '*' stands for
- * any further axes, whose product (1 for none) becomes the size of '*'. NULL and an exception, or the array borrowed. */
+/* Checks that `object` is a float32, aligned, C-contiguous ndarray with one axis for each letter of `shape`, every size from 1 to INT_MAX. '*' stands
+ * for any further axes, whose product (1 for none) becomes the size of '*'. NULL and an exception, or the array borrowed. */
 PyArrayObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims);
 /* The same for an array that will be written: it must be writeable. */
 PyArrayObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims);
@@ -120,8 +120,7 @@ void core_config_end(core_config *config);
 
 /* The head of the three model objects. They hold no Python reference: config is made from the core's own struct. */
 typedef struct core_model {
-    PyObject_HEAD
-    PyThread_type_lock lock;
+    PyObject_HEAD PyThread_type_lock lock;
     void *model; /* ladd_mmdit, ladd_vae or ladd_disc */
     ladd_params *params;
     ladd_status (*init)(void *model, uint64_t seed);
@@ -133,8 +132,7 @@ void core_model_dealloc(core_model *self, void (*model_free)(void *));
 
 /* What a forward kept. One struct and one dealloc for the three models. */
 typedef struct core_saved {
-    PyObject_HEAD
-    core_model *owner;
+    PyObject_HEAD core_model *owner;
     void *saved; /* NULL: used up */
     void (*saved_free)(const ladd_context *ctx, void *saved);
     core_dims dims; /* of the forward, to check cotangents */

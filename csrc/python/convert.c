@@ -89,7 +89,8 @@ static int match_dims(PyArrayObject *array, const char *name, const char *shape,
     if (open) {
         if (DIM(dims, '*') && DIM(dims, '*') != rest) {
             char given[TEXT_MAX];
-            PyErr_Format(PyExc_ValueError, "%s: expected %lld elements a sample, got shape (%s)", name, (long long)DIM(dims, '*'), given_text(given, array));
+            PyErr_Format(PyExc_ValueError, "%s: expected %lld elements a sample, got shape (%s)", name, (long long)DIM(dims, '*'),
+                         given_text(given, array));
             return 0;
         }
         DIM(&found, '*') = rest;
@@ -137,7 +138,8 @@ PyArrayObject *core_same_shape(PyObject *object, const char *name, PyArrayObject
     PyArrayObject *array = core_input(object, name, "*", &dims);
     if (array && !PyArray_SAMESHAPE(array, like)) {
         char expected[TEXT_MAX], given[TEXT_MAX];
-        PyErr_Format(PyExc_ValueError, "%s: expected shape (%s) as %s, got (%s)", name, given_text(expected, like), like_name, given_text(given, array));
+        PyErr_Format(PyExc_ValueError, "%s: expected shape (%s) as %s, got (%s)", name, given_text(expected, like), like_name,
+                     given_text(given, array));
         return NULL;
     }
     return array;

@@ -117,7 +117,8 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     core_saved *saved = NULL;
     ladd_disc_saved *kept = NULL;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OO:forward", names, &features, &sigma, &pooled, &grid, &update_flag, &keep_flag)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OO:forward", names, &features, &sigma, &pooled, &grid, &update_flag, &keep_flag))
+        return NULL;
     if (update_flag && core_bool(update_flag, "update_u", &update_u) < 0) return NULL;
     if (keep_flag && core_bool(keep_flag, "keep", &keep) < 0) return NULL;
     Py_ssize_t n_sides = core_int_list(grid, "grid", sides, 2, 1, INT_MAX);

@@ -16,7 +16,8 @@ static PyObject *linear_forward(PyObject *module, PyObject *args, PyObject *kwar
     PyArrayObject *bias = core_optional(bias_given, "bias", "N", &d, &ok);
     if (!ok) return NULL;
     PyObject *y = core_output(out, "MN", &d);
-    if (core_no_overlap(y, (PyArrayObject *)x, "x", 0) < 0 || core_no_overlap(y, (PyArrayObject *)w, "w", 0) < 0 || core_no_overlap(y, bias, "bias", 0) < 0)
+    if (core_no_overlap(y, (PyArrayObject *)x, "x", 0) < 0 || core_no_overlap(y, (PyArrayObject *)w, "w", 0) < 0 ||
+        core_no_overlap(y, bias, "bias", 0) < 0)
         Py_CLEAR(y);
     if (!y) return NULL;
     CORE_KERNEL(result, linear_forward, core_data(y), core_data(x), core_data(w), core_data(bias), IDIM(&d, 'M'), IDIM(&d, 'N'), IDIM(&d, 'K'));
@@ -35,12 +36,13 @@ static PyObject *linear_gelu_forward(PyObject *module, PyObject *args, PyObject 
     PyArrayObject *bias = core_optional(bias_given, "bias", "N", &d, &ok);
     if (!ok) return NULL;
     PyObject *h = core_new("MN", &d, 0), *y = core_output(out, "MN", &d);
-    if (core_no_overlap(y, (PyArrayObject *)x, "x", 0) < 0 || core_no_overlap(y, (PyArrayObject *)w, "w", 0) < 0 || core_no_overlap(y, bias, "bias", 0) < 0)
+    if (core_no_overlap(y, (PyArrayObject *)x, "x", 0) < 0 || core_no_overlap(y, (PyArrayObject *)w, "w", 0) < 0 ||
+        core_no_overlap(y, bias, "bias", 0) < 0)
         Py_CLEAR(y);
     result = h && y ? 0 : -1;
     if (result == 0)
-        CORE_KERNEL(result, linear_gelu_forward, core_data(y), core_data(h), core_data(x), core_data(w), core_data(bias), IDIM(&d, 'M'), IDIM(&d, 'N'),
-                    IDIM(&d, 'K'));
+        CORE_KERNEL(result, linear_gelu_forward, core_data(y), core_data(h), core_data(x), core_data(w), core_data(bias), IDIM(&d, 'M'),
+                    IDIM(&d, 'N'), IDIM(&d, 'K'));
     PyObject *pair = result == 0 ? PyTuple_Pack(2, y, h) : NULL;
     Py_XDECREF(y);
     Py_XDECREF(h);
@@ -113,9 +115,9 @@ static PyObject *activation_backward(PyObject *args, PyObject *kwargs, const cha
     if (core_no_overlap(dx, (PyArrayObject *)dy, "dy", 1) < 0 || core_no_overlap(dx, (PyArrayObject *)x, "x", 0) < 0) goto failed;
     if (core_begin(&call, NULL) < 0) goto failed;
     const char *table = (const char *)call.ctx.backend;
-    ladd_status status = sloped
-                             ? call.ctx.backend->leaky_relu_backward(&call.ctx, core_data(dx), core_data(dy), core_data(x), (float)slope, DIM(&d, '*'))
-                             : (*(const binary_kernel *)(table + kernel))(&call.ctx, core_data(dx), core_data(dy), core_data(x), DIM(&d, '*'));
+    ladd_status status =
+        sloped ? call.ctx.backend->leaky_relu_backward(&call.ctx, core_data(dx), core_data(dy), core_data(x), (float)slope, DIM(&d, '*'))
+               : (*(const binary_kernel *)(table + kernel))(&call.ctx, core_data(dx), core_data(dy), core_data(x), DIM(&d, '*'));
     if (core_end(&call, status) == 0) return dx;
 failed:
     Py_DECREF(dx);
@@ -166,7 +168,8 @@ static int strides_of(PyArrayObject *array, const char *name, ptrdiff_t *row, pt
     npy_intp dense = (npy_intp)sizeof(float), heads_row = n[2] * n[3] * dense;
     /* A stride along an axis of size 1 is never used, and NumPy leaves it arbitrary. */
     npy_intp row_bytes = n[1] > 1 ? s[1] : heads_row, batch_bytes = n[0] > 1 ? s[0] : row_bytes * n[1];
-    if ((n[3] > 1 && s[3] != dense) || (n[2] > 1 && s[2] != n[3] * dense) || row_bytes < heads_row || batch_bytes < 0 || row_bytes % dense || batch_bytes % dense) {
+    if ((n[3] > 1 && s[3] != dense) || (n[2] > 1 && s[2] != n[3] * dense) || row_bytes < heads_row || batch_bytes < 0 || row_bytes % dense ||
+        batch_bytes % dense) {
         PyErr_Format(PyExc_ValueError, "%s: expected dense heads and head_dim axes and positive strides, got another layout", name);
         return -1;
     }

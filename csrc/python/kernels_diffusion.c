@@ -65,13 +65,15 @@ static PyObject *renoise(PyObject *module, PyObject *args, PyObject *kwargs) {
     core_dims d = {0};
     int return_noise = 0, result = -1;
     ladd_rng_key key;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO$O:renoise", names, &x0, &t, &seed, &purpose, &step, &samples_given, &return_flag, &out_given))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO$O:renoise", names, &x0, &t, &seed, &purpose, &step, &samples_given, &return_flag,
+                                     &out_given))
         return NULL;
     if (return_flag && core_bool(return_flag, "return_noise", &return_noise) < 0) return NULL;
     if (!core_input(x0, "x0", "B*", &d) || !core_input(t, "t", "B", &d) || read_key(&key, seed, purpose, step) < 0) return NULL;
     PyArrayObject *samples = read_samples(samples_given, DIM(&d, 'B'));
     if (!samples) return NULL;
-    PyObject *out = core_output_like(out_given, (PyArrayObject *)x0), *noise = return_noise ? core_new_like((PyArrayObject *)x0, 0) : Py_NewRef(Py_None);
+    PyObject *out = core_output_like(out_given, (PyArrayObject *)x0),
+             *noise = return_noise ? core_new_like((PyArrayObject *)x0, 0) : Py_NewRef(Py_None);
     if (out && noise && core_no_overlap(out, (PyArrayObject *)x0, "x0", 1) == 0 && core_no_overlap(out, (PyArrayObject *)t, "t", 0) == 0)
         CORE_KERNEL(result, renoise, core_data(out), return_noise ? core_data(noise) : NULL, core_data(x0), core_data(t), key,
                     (const int64_t *)PyArray_DATA(samples), IDIM(&d, 'B'), DIM(&d, '*'));
@@ -173,7 +175,8 @@ static PyObject *adversarial_loss(PyObject *module, PyObject *args, PyObject *kw
     if (role < 0 || core_finite(weight, "weight") < 0 || !core_input(logits, "logits", "*", &d)) return NULL;
     PyObject *dlogits = core_new_like((PyArrayObject *)logits, 0);
     if (dlogits)
-        CORE_KERNEL(result, adversarial_loss, &value, core_data(dlogits), core_data(logits), (ladd_loss)loss, (ladd_role)role, (float)weight, DIM(&d, '*'));
+        CORE_KERNEL(result, adversarial_loss, &value, core_data(dlogits), core_data(logits), (ladd_loss)loss, (ladd_role)role, (float)weight,
+                    DIM(&d, '*'));
     if (result < 0) Py_CLEAR(dlogits);
     return dlogits ? Py_BuildValue("dN", value, dlogits) : NULL;
 }

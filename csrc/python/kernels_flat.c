@@ -17,8 +17,8 @@ static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
     core_dims d = {0};
     uint64_t step;
     int result;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOdddddO|d:adamw", names, &arrays[0], &arrays[1], &arrays[2], &arrays[3], &lr, &beta1, &beta2, &eps,
-                                     &weight_decay, &step_given, &grad_scale))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOdddddO|d:adamw", names, &arrays[0], &arrays[1], &arrays[2], &arrays[3], &lr, &beta1, &beta2,
+                                     &eps, &weight_decay, &step_given, &grad_scale))
         return NULL;
     for (int i = 0; i < 3; i++)
         if (!core_inout(arrays[i], array_names[i], "n", &d)) return NULL;
@@ -26,7 +26,8 @@ static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
     for (int i = 0; i < 3; i++)
         if (apart(arrays[i], arrays + i + 1, array_names + i + 1, 3 - i) < 0) return NULL;
     const double below_one = 1.0 - 1e-12;
-    if (core_in_range(lr, "lr", 0, 1e6) < 0 || core_in_range(beta1, "beta1", 0, below_one) < 0 || core_in_range(beta2, "beta2", 0, below_one) < 0) return NULL;
+    if (core_in_range(lr, "lr", 0, 1e6) < 0 || core_in_range(beta1, "beta1", 0, below_one) < 0 || core_in_range(beta2, "beta2", 0, below_one) < 0)
+        return NULL;
     if (core_in_range(eps, "eps", 0, 1e6) < 0 || core_in_range(weight_decay, "weight_decay", 0, 1e6) < 0 || core_finite(grad_scale, "grad_scale") < 0)
         return NULL;
     if (core_uint64(step_given, "step", &step) < 0) return NULL;
@@ -34,8 +35,8 @@ static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
         PyErr_Format(PyExc_ValueError, "step: expected an integer from 1 to 2**63 - 1, got %S", step_given);
         return NULL;
     }
-    CORE_KERNEL(result, adamw, core_data(arrays[0]), core_data(arrays[1]), core_data(arrays[2]), core_data(arrays[3]), DIM(&d, 'n'), (float)lr, (float)beta1,
-                (float)beta2, (float)eps, (float)weight_decay, (int64_t)step, (float)grad_scale);
+    CORE_KERNEL(result, adamw, core_data(arrays[0]), core_data(arrays[1]), core_data(arrays[2]), core_data(arrays[3]), DIM(&d, 'n'), (float)lr,
+                (float)beta1, (float)beta2, (float)eps, (float)weight_decay, (int64_t)step, (float)grad_scale);
     if (result < 0) return NULL;
     Py_RETURN_NONE;
 }

@@ -23,8 +23,8 @@ static int read_conv(ladd_conv *conv, core_dims *d, PyObject *stride, PyObject *
     conv->pad_top = pad[0], conv->pad_left = pad[1], conv->pad_bottom = pad[2], conv->pad_right = pad[3];
     int64_t tall = (int64_t)conv->H + pad[0] + pad[2], wide = (int64_t)conv->W + pad[1] + pad[3];
     if (conv->kh > tall || conv->kw > wide || tall > INT_MAX || wide > INT_MAX) {
-        PyErr_Format(PyExc_ValueError, "w: expected a kernel of at most the padded image, %lld x %lld, got %d x %d", (long long)tall, (long long)wide, conv->kh,
-                     conv->kw);
+        PyErr_Format(PyExc_ValueError, "w: expected a kernel of at most the padded image, %lld x %lld, got %d x %d", (long long)tall, (long long)wide,
+                     conv->kh, conv->kw);
         return -1;
     }
     DIM(d, 'P') = conv->Ho = (int)(tall - conv->kh) / conv->stride + 1;
@@ -44,7 +44,8 @@ static PyObject *conv2d_forward(PyObject *module, PyObject *args, PyObject *kwar
     PyArrayObject *bias = core_optional(bias_given, "bias", "K", &d, &ok);
     if (!ok || read_conv(&conv, &d, stride, padding) < 0) return NULL;
     PyObject *y = core_output(out, "BKPQ", &d);
-    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)w, "w", 0) == 0 && core_no_overlap(y, bias, "bias", 0) == 0)
+    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)w, "w", 0) == 0 &&
+        core_no_overlap(y, bias, "bias", 0) == 0)
         CORE_KERNEL(result, conv2d_forward, core_data(y), core_data(x), core_data(w), core_data(bias), &conv);
     if (result < 0) Py_CLEAR(y);
     return y;
@@ -58,7 +59,8 @@ static PyObject *conv2d_backward(PyObject *module, PyObject *args, PyObject *kwa
     int wanted[3] = {1, 1, 1}, result;
     core_dims d = {0};
     ladd_conv conv;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OO$OOO:conv2d_backward", names, &dy, &x, &w, &stride, &padding, &flags[0], &flags[1], &flags[2]))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OO$OOO:conv2d_backward", names, &dy, &x, &w, &stride, &padding, &flags[0], &flags[1],
+                                     &flags[2]))
         return NULL;
     for (int i = 0; i < 3; i++)
         if (flags[i] && core_bool(flags[i], names[i + 5], &wanted[i]) < 0) return NULL;
@@ -86,7 +88,8 @@ static PyObject *upsample2x_forward(PyObject *module, PyObject *args, PyObject *
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O:upsample2x_forward", names, &x, &out) || !core_input(x, "x", "BCHW", &d)) return NULL;
     if (DIM(&d, 'H') > INT_MAX / 2 || DIM(&d, 'W') > INT_MAX / 2 || DIM(&d, 'B') > INT_MAX / DIM(&d, 'C')) {
-        PyErr_Format(PyExc_ValueError, "x: expected sizes whose doubles fit 31 bits, got %lld x %lld", (long long)DIM(&d, 'H'), (long long)DIM(&d, 'W'));
+        PyErr_Format(PyExc_ValueError, "x: expected sizes whose doubles fit 31 bits, got %lld x %lld", (long long)DIM(&d, 'H'),
+                     (long long)DIM(&d, 'W'));
         return NULL;
     }
     DIM(&d, 'Y') = 2 * DIM(&d, 'H');
@@ -167,15 +170,15 @@ static PyObject *patch_scatter(PyObject *module, PyObject *args, PyObject *kwarg
     PyObject *tokens, *given[4], *last_given = NULL;
     core_dims d = {0};
     int sizes[4], last = 0, result = -1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|O:patch_scatter", names, &tokens, &given[0], &given[1], &given[2], &given[3], &last_given)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|O:patch_scatter", names, &tokens, &given[0], &given[1], &given[2], &given[3], &last_given))
+        return NULL;
     for (int i = 0; i < 4; i++)
         if (core_int(given[i], names[i + 1], 1, i == 3 ? 32768 : INT_MAX, &sizes[i]) < 0) return NULL;
     if (last_given && core_bool(last_given, "channel_last", &last) < 0) return NULL;
     DIM(&d, 'C') = sizes[0], DIM(&d, 'H') = sizes[1], DIM(&d, 'W') = sizes[2];
     if (patch_sizes(&d, sizes[3]) < 0 || !core_input(tokens, "tokens", "BNL", &d)) return NULL;
     PyObject *image = core_new("BCHW", &d, 0);
-    if (image)
-        CORE_KERNEL(result, patch_scatter, core_data(image), core_data(tokens), IDIM(&d, 'B'), sizes[0], sizes[1], sizes[2], sizes[3], last);
+    if (image) CORE_KERNEL(result, patch_scatter, core_data(image), core_data(tokens), IDIM(&d, 'B'), sizes[0], sizes[1], sizes[2], sizes[3], last);
     if (result < 0) Py_CLEAR(image);
     return image;
 }

@@ -52,9 +52,9 @@ static PyObject *layer_norm_modulate_backward(PyObject *module, PyObject *args, 
     PyObject *dx = core_new("BND", &d, 1); /* the kernel adds to dx, as it joins a residual stream in the model */
     PyObject *dshift = scale_array ? core_new("BD", &d, 0) : Py_NewRef(Py_None), *dscale = scale_array ? core_new("BD", &d, 0) : Py_NewRef(Py_None);
     if (dx && dshift && dscale)
-        CORE_KERNEL(result, layer_norm_modulate_backward, core_data(dx), scale_array ? core_data(dshift) : NULL, scale_array ? core_data(dscale) : NULL,
-                    core_data(dy), core_data(x), core_data(mean), core_data(rstd), core_data(scale_array), DIM(&d, 'D'), IDIM(&d, 'B'), IDIM(&d, 'N'),
-                    IDIM(&d, 'D'));
+        CORE_KERNEL(result, layer_norm_modulate_backward, core_data(dx), scale_array ? core_data(dshift) : NULL,
+                    scale_array ? core_data(dscale) : NULL, core_data(dy), core_data(x), core_data(mean), core_data(rstd), core_data(scale_array),
+                    DIM(&d, 'D'), IDIM(&d, 'B'), IDIM(&d, 'N'), IDIM(&d, 'D'));
     return pack(result, dx, dshift, dscale);
 }
 
@@ -69,8 +69,8 @@ static PyObject *gate_residual_forward(PyObject *module, PyObject *args, PyObjec
     PyObject *sum = core_output(out, "BND", &d);
     if (sum && core_no_overlap(sum, (PyArrayObject *)x, "x", 1) == 0 && core_no_overlap(sum, (PyArrayObject *)y, "y", 0) == 0 &&
         core_no_overlap(sum, (PyArrayObject *)gate, "gate", 0) == 0)
-        CORE_KERNEL(result, gate_residual_forward, core_data(sum), core_data(x), core_data(y), core_data(gate), DIM(&d, 'D'), IDIM(&d, 'B'), IDIM(&d, 'N'),
-                    IDIM(&d, 'D'));
+        CORE_KERNEL(result, gate_residual_forward, core_data(sum), core_data(x), core_data(y), core_data(gate), DIM(&d, 'D'), IDIM(&d, 'B'),
+                    IDIM(&d, 'N'), IDIM(&d, 'D'));
     if (result < 0) Py_CLEAR(sum);
     return sum;
 }
@@ -104,8 +104,8 @@ static PyObject *rms_norm_heads_forward(PyObject *module, PyObject *args, PyObje
     PyObject *y = core_output(out, "Rhd", &d), *rstd = core_new("Rh", &d, 0);
     ptrdiff_t row = (ptrdiff_t)(DIM(&d, 'h') * DIM(&d, 'd'));
     if (y && rstd && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)w, "w", 0) == 0)
-        CORE_KERNEL(result, rms_norm_heads_forward, core_data(y), core_data(rstd), core_data(x), core_data(w), IDIM(&d, 'R'), IDIM(&d, 'h'), IDIM(&d, 'd'),
-                    row, row, (float)eps);
+        CORE_KERNEL(result, rms_norm_heads_forward, core_data(y), core_data(rstd), core_data(x), core_data(w), IDIM(&d, 'R'), IDIM(&d, 'h'),
+                    IDIM(&d, 'd'), row, row, (float)eps);
     return pack(result, y, rstd, NULL);
 }
 
@@ -116,7 +116,8 @@ static PyObject *rms_norm_heads_backward(PyObject *module, PyObject *args, PyObj
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO:rms_norm_heads_backward", names, &dy, &x, &rstd, &w)) return NULL;
-    if (!core_input(x, "x", "Rhd", &d) || !core_input(dy, "dy", "Rhd", &d) || !core_input(rstd, "rstd", "Rh", &d) || !core_input(w, "w", "d", &d)) return NULL;
+    if (!core_input(x, "x", "Rhd", &d) || !core_input(dy, "dy", "Rhd", &d) || !core_input(rstd, "rstd", "Rh", &d) || !core_input(w, "w", "d", &d))
+        return NULL;
     PyObject *dx = core_new("Rhd", &d, 0), *dw = core_new("d", &d, 1);
     ptrdiff_t row = (ptrdiff_t)(DIM(&d, 'h') * DIM(&d, 'd'));
     if (dx && dw)
@@ -134,7 +135,8 @@ static PyObject *group_norm_forward(PyObject *module, PyObject *args, PyObject *
     double eps = 1e-6;
     core_dims d = {0};
     int groups, silu = 0, result = -1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|dO$O:group_norm_forward", names, &x, &gamma, &beta, &groups_given, &eps, &silu_given, &out)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|dO$O:group_norm_forward", names, &x, &gamma, &beta, &groups_given, &eps, &silu_given, &out))
+        return NULL;
     if (core_int(groups_given, "groups", 1, 2147483647, &groups) < 0 || core_in_range(eps, "eps", 0, 1) < 0) return NULL;
     if (silu_given && core_bool(silu_given, "silu", &silu) < 0) return NULL;
     if (!core_input(x, "x", "BCL", &d) || !core_input(gamma, "gamma", "C", &d) || !core_input(beta, "beta", "C", &d)) return NULL;
@@ -157,9 +159,12 @@ static PyObject *group_norm_backward(PyObject *module, PyObject *args, PyObject 
     PyObject *dy, *x, *mean, *rstd, *gamma, *beta, *silu_given = NULL;
     core_dims d = {0};
     int silu = 0, result = -1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|O:group_norm_backward", names, &dy, &x, &mean, &rstd, &gamma, &beta, &silu_given)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|O:group_norm_backward", names, &dy, &x, &mean, &rstd, &gamma, &beta, &silu_given))
+        return NULL;
     if (silu_given && core_bool(silu_given, "silu", &silu) < 0) return NULL;
-    if (!core_input(x, "x", "BCL", &d) || !core_input(dy, "dy", "BCL", &d) || !core_input(mean, "mean", "BG", &d) || !core_input(rstd, "rstd", "BG", &d)) return NULL;
+    if (!core_input(x, "x", "BCL", &d) || !core_input(dy, "dy", "BCL", &d) || !core_input(mean, "mean", "BG", &d) ||
+        !core_input(rstd, "rstd", "BG", &d))
+        return NULL;
     if (!core_input(gamma, "gamma", "C", &d) || !core_input(beta, "beta", "C", &d)) return NULL;
     if (DIM(&d, 'C') % DIM(&d, 'G')) {
         PyErr_Format(PyExc_ValueError, "mean: expected a number of groups that divides the %lld channels, got %lld", (long long)DIM(&d, 'C'),
@@ -208,8 +213,8 @@ static PyObject *spectral_norm_backward(PyObject *module, PyObject *args, PyObje
     float sigma = (float)sigma_given;
     PyObject *dw = core_new("RK", &d, 1);
     if (dw)
-        CORE_KERNEL(result, spectral_norm_backward, core_data(dw), core_data(dw_hat), core_data(w_hat), core_data(u), core_data(v), &sigma, IDIM(&d, 'R'),
-                    IDIM(&d, 'K'));
+        CORE_KERNEL(result, spectral_norm_backward, core_data(dw), core_data(dw_hat), core_data(w_hat), core_data(u), core_data(v), &sigma,
+                    IDIM(&d, 'R'), IDIM(&d, 'K'));
     if (result < 0) Py_CLEAR(dw);
     return dw;
 }
@@ -228,7 +233,8 @@ static PyObject *channel_dot_forward(PyObject *module, PyObject *args, PyObject 
     PyObject *y = core_output(out, "BL", &d);
     if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)e, "e", 0) == 0 &&
         core_no_overlap(y, (PyArrayObject *)bias, "bias", 0) == 0)
-        CORE_KERNEL(result, channel_dot_forward, core_data(y), core_data(x), core_data(e), core_data(bias), IDIM(&d, 'B'), IDIM(&d, 'C'), IDIM(&d, 'L'));
+        CORE_KERNEL(result, channel_dot_forward, core_data(y), core_data(x), core_data(e), core_data(bias), IDIM(&d, 'B'), IDIM(&d, 'C'),
+                    IDIM(&d, 'L'));
     if (result < 0) Py_CLEAR(y);
     return y;
 }
@@ -244,8 +250,8 @@ static PyObject *channel_dot_backward(PyObject *module, PyObject *args, PyObject
     if (!core_input(x, "x", "BCL", &d) || !core_input(dy, "dy", "BL", &d) || !core_input(e, "e", "BC", &d)) return NULL;
     PyObject *dx = core_new("BCL", &d, 0), *de = core_new("BC", &d, 0), *dbias = core_new("u", &d, 1);
     if (dx && de && dbias)
-        CORE_KERNEL(result, channel_dot_backward, core_data(dx), core_data(de), core_data(dbias), core_data(dy), core_data(x), core_data(e), IDIM(&d, 'B'),
-                    IDIM(&d, 'C'), IDIM(&d, 'L'));
+        CORE_KERNEL(result, channel_dot_backward, core_data(dx), core_data(de), core_data(dbias), core_data(dy), core_data(x), core_data(e),
+                    IDIM(&d, 'B'), IDIM(&d, 'C'), IDIM(&d, 'L'));
     return pack(result, dx, de, dbias);
 }
 

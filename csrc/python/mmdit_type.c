@@ -153,7 +153,8 @@ static PyObject *mmdit_plan(PyObject *object, PyObject *args, PyObject *kwargs) 
     mmdit_call c;
     core_call call;
     size_t bytes = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO:plan", names, &sizes[0], &sizes[1], &sizes[2], &sizes[3], &skip_layers, &taps, &keep)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO:plan", names, &sizes[0], &sizes[1], &sizes[2], &sizes[3], &skip_layers, &taps, &keep))
+        return NULL;
     if (read_call(&c, ladd_mmdit_get_config(self->model)->num_layers, skip_layers, taps, keep) < 0) return NULL;
     int *fields[4] = {&c.call.batch, &c.call.height, &c.call.width, &c.call.text_tokens};
     for (int i = 0; i < 4; i++)
@@ -176,7 +177,8 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     mmdit_call c;
     core_call call;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO:forward", names, &latents, &sigma, &context, &pooled, &skip_layers, &taps, &keep)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO:forward", names, &latents, &sigma, &context, &pooled, &skip_layers, &taps, &keep))
+        return NULL;
     if (read_call(&c, config->num_layers, skip_layers, taps, keep) < 0) return NULL;
     DIM(&dims, 'C') = config->in_channels;
     DIM(&dims, 'J') = config->joint_attention_dim;
@@ -186,7 +188,8 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     int p = config->patch_size, limit = config->pos_embed_max_size;
     int64_t h = DIM(&dims, 'H') / p, w = DIM(&dims, 'W') / p;
     if (h < 1 || w < 1 || h > limit || w > limit) {
-        PyErr_Format(PyExc_ValueError, "latents: expected height and width from %d to %lld (patch_size to pos_embed_max_size patches), got %lld x %lld", p,
+        PyErr_Format(PyExc_ValueError,
+                     "latents: expected height and width from %d to %lld (patch_size to pos_embed_max_size patches), got %lld x %lld", p,
                      (long long)p * limit + p - 1, (long long)DIM(&dims, 'H'), (long long)DIM(&dims, 'W'));
         return NULL;
     }
@@ -219,8 +222,8 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     }
 
     if (core_begin(&call, self->lock) < 0) goto done;
-    ladd_status status = ladd_mmdit_forward(&call.ctx, c.call.n_taps ? NULL : core_data(output), c.call.n_taps ? features : NULL, &kept, self->model, &c.call,
-                                            core_data(latents), core_data(sigma), core_data(context), core_data(pooled));
+    ladd_status status = ladd_mmdit_forward(&call.ctx, c.call.n_taps ? NULL : core_data(output), c.call.n_taps ? features : NULL, &kept, self->model,
+                                            &c.call, core_data(latents), core_data(sigma), core_data(context), core_data(pooled));
     int failed = core_end(&call, status);
     if (saved) saved->saved = kept;
     if (failed < 0) goto done;
@@ -287,9 +290,10 @@ done:
 /* ---- types ----------------------------------------------------------------------------------------------------------- */
 
 static PyMethodDef mmdit_methods[] = {
-    CORE_METHOD("plan", mmdit_plan, "plan(batch, height, width, text_tokens, skip_layers=(), taps=None, keep=False) -> bytes that such a forward takes"),
+    CORE_METHOD("plan", mmdit_plan,
+                "plan(batch, height, width, text_tokens, skip_layers=(), taps=None, keep=False) -> bytes that such a forward takes"),
     CORE_METHOD("forward", mmdit_forward,
-           "forward(latents, sigma, context, pooled, skip_layers=(), taps=None, keep=False) -> (velocity or list of features, saved or None)"),
+                "forward(latents, sigma, context, pooled, skip_layers=(), taps=None, keep=False) -> (velocity or list of features, saved or None)"),
     {NULL, NULL, 0, NULL},
 };
 
@@ -310,7 +314,7 @@ static PyType_Spec mmdit_spec = {
 
 static PyMethodDef saved_methods[] = {
     CORE_METHOD("backward", saved_backward,
-           "backward(cotangent, params=True, latents=True, context=True, pooled=True) -> (dlatents, dcontext, dpooled); once"),
+                "backward(cotangent, params=True, latents=True, context=True, pooled=True) -> (dlatents, dcontext, dpooled); once"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,5 @@
-/* What MMDiT, AutoencoderKL and Discriminator share: the type Model with the parameter tables, and the objects that keep a forward for its backward. */
+/* What MMDiT, AutoencoderKL and Discriminator share: the type Model with the parameter tables, and the objects that keep a forward for its backward.
+ */
 #include "binding.h"
 
 /* ---- life ------------------------------------------------------------------------------------------------------------ */

@@ -10,11 +10,20 @@ extern char *scipy_openblas_get_config(void);
 int core_raise(ladd_status status) {
     PyObject *type = PyExc_RuntimeError;
     switch (status) {
-        case LADD_OK: PyErr_SetString(PyExc_SystemError, "core_raise: expected a failure, got LADD_OK"); return -1;
-        case LADD_ERR_VALUE: type = PyExc_ValueError; break;
-        case LADD_ERR_TYPE: type = PyExc_TypeError; break;
-        case LADD_ERR_MEMORY: type = PyExc_MemoryError; break;
-        case LADD_ERR_RUNTIME: break;
+        case LADD_OK:
+            PyErr_SetString(PyExc_SystemError, "core_raise: expected a failure, got LADD_OK");
+            return -1;
+        case LADD_ERR_VALUE:
+            type = PyExc_ValueError;
+            break;
+        case LADD_ERR_TYPE:
+            type = PyExc_TypeError;
+            break;
+        case LADD_ERR_MEMORY:
+            type = PyExc_MemoryError;
+            break;
+        case LADD_ERR_RUNTIME:
+            break;
         case LADD_ERR_INTERRUPTED:
             if (PyErr_Occurred()) return -1; /* what the signal handler raised, KeyboardInterrupt as a rule */
             break;
@@ -23,8 +32,8 @@ int core_raise(ladd_status status) {
     return -1;
 }
 
-/* Asked between layers. Taking the GIL can cost a switch interval of another busy thread, so signals are looked for at most every 50 ms. The thread state
- * is the one that this very thread left, so it is also right in threads and interpreters that PyGILState_Ensure does not know. */
+/* Asked between layers. Taking the GIL can cost a switch interval of another busy thread, so signals are looked for at most every 50 ms. The thread
+ * state is the one that this very thread left, so it is also right in threads and interpreters that PyGILState_Ensure does not know. */
 static int signal_came(void *argument) {
     core_call *call = argument;
     struct timespec now;
@@ -65,8 +74,10 @@ static PyObject *set_num_threads(PyObject *module, PyObject *argument) {
     int n;
     if (core_int(argument, "num_threads", 1, 1024, &n) < 0) return NULL;
     ladd_status status;
-    Py_BEGIN_ALLOW_THREADS status = ladd_set_num_threads(n);
-    Py_END_ALLOW_THREADS if (status != LADD_OK) {
+    Py_BEGIN_ALLOW_THREADS;
+    status = ladd_set_num_threads(n);
+    Py_END_ALLOW_THREADS;
+    if (status != LADD_OK) {
         core_raise(status);
         return NULL;
     }
@@ -126,9 +137,10 @@ static int core_exec(PyObject *module) {
     return 0;
 }
 
-#define STATE_TYPES(VISIT)                                                                                                        \
-    VISIT(state->model_type) VISIT(state->mmdit_type) VISIT(state->mmdit_saved_type) VISIT(state->vae_type) VISIT(state->vae_saved_type) \
-        VISIT(state->disc_type) VISIT(state->disc_saved_type)
+#define STATE_TYPES(VISIT)   \
+    VISIT(state->model_type) \
+    VISIT(state->mmdit_type) \
+    VISIT(state->mmdit_saved_type) VISIT(state->vae_type) VISIT(state->vae_saved_type) VISIT(state->disc_type) VISIT(state->disc_saved_type)
 
 static int core_traverse(PyObject *module, visitproc visit, void *arg) {
     core_state *state = PyModule_GetState(module);

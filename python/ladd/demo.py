@@ -186,8 +186,7 @@ def build_page(
     if published is not None:
         settings = published["settings"]
         text = (
-            f"Measured when it was made: {settings['pictures']} pictures a seed, "
-            f"mean ± standard deviation over {len(settings['seeds'])} seeds."
+            f"Measured when it was made: {settings['pictures']} pictures a seed, mean ± standard deviation over {len(settings['seeds'])} seeds."
         )
         tables.append(report.Table("Quality of the shipped model", text, published["splits"]["train"]))
     teacher_fid = f"teacher: one step {_mean(table, 'teacher, 1 step', 'fid'):.1f}, four {_mean(table, four, 'fid'):.1f}"
@@ -230,9 +229,7 @@ def generate(model: str | Path, folder: Path, count: int, guidance_scale: float,
     generation.run({"run": settings}, out=folder)
 
 
-def distil(
-    model: str | Path, latents: Path, folder: Path, minutes: float, batch: int, seed: int
-) -> tuple[Pipeline, list[dict[str, float]]]:
+def distil(model: str | Path, latents: Path, folder: Path, minutes: float, batch: int, seed: int) -> tuple[Pipeline, list[dict[str, float]]]:
     """A fresh student and what was logged while it learned."""
     from .pipeline import Pipeline
     from .training import ladd as distillation

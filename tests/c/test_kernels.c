@@ -1,7 +1,6 @@
 /* Kernels at odd sizes on arrays of exactly their size, each a float away from alignment: every element is read and written inside. What they compute
  * is proven by tests/test_kernels.py. */
 #include <math.h>
-#include <string.h>
 
 #include "check.h"
 
