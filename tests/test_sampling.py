@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,9 @@ def test_a_linear_field_is_one_product_of_euler_factors() -> None:
 
 def test_renoise_uses_fresh_noise_of_each_seed() -> None:
     target = normal(3, 3, 4, 6, 5)
-    latents = [s["latents"].copy() for s in ladd.iterate(toward(target), CONTEXT, POOLED, steps=3, method="renoise", latents=target, seeds=[5, 6, 5])]
+    latents = [
+        s["latents"].copy() for s in ladd.iterate(toward(target), CONTEXT, POOLED, steps=3, method="renoise", latents=target, seeds=[5, 6, 5])
+    ]
     fresh = [(x - (1 - t) * target) / t for x, t in zip(latents[:2], (2 / 3, 1 / 3))]
     for e in fresh:
         assert abs(e.mean()) < 0.2 and 0.8 < e.std() < 1.2
@@ -127,7 +130,7 @@ def test_renoise_uses_fresh_noise_of_each_seed() -> None:
 def test_sampling_is_what_a_plain_loop_gives() -> None:
     times = ladd.sigmas(3, shift=3.0)
     x = noise((3, 4, 6, 8), [1, 2, 3])
-    for sigma, following in zip(times, times[1:]):
+    for sigma, following in pairwise(times):
         x = x + (following - sigma) * MODEL(x, sigma, CONTEXT, POOLED)
     out = ladd.sample(MODEL, CONTEXT, POOLED, size=(6, 8), sigmas=times, seeds=[1, 2, 3])
     np.testing.assert_allclose(out, x, atol=1e-5)
@@ -248,9 +251,7 @@ def test_a_mask_keeps_what_it_does_not_cover(method: str) -> None:
     picture, target = normal(8, 1, 4, 6, 6), normal(9, 1, 4, 6, 6)
     mask = np.zeros((6, 6), np.float32)
     mask[:, 3:] = 1
-    states = list(
-        ladd.iterate(toward(target), CONTEXT[:1], POOLED[:1], steps=4, method=method, latents=picture, mask=mask, seeds=4)
-    )
+    states = list(ladd.iterate(toward(target), CONTEXT[:1], POOLED[:1], steps=4, method=method, latents=picture, mask=mask, seeds=4))
     out = states[-1]["latents"]
     assert same_bits(out[..., :3], picture[..., :3])
     np.testing.assert_allclose(out[..., 3:], target[..., 3:], atol=1e-5)

@@ -7,7 +7,7 @@ list with one array a head; the value is the mean over a head's logits, then ove
   hinge     max(0, 1 - x)             max(0, 1 + x)        -x
   logistic  softplus(-x)              softplus(x)          softplus(-x)
   lsgan     (x - 1)^2 / 2             x^2 / 2              (x - 1)^2 / 2
-  bce       cross-entropy with 1      with 0               with 1       (logistic, by its other name and its own kernel)
+  bce       cross-entropy with 1      with 0               with 1       (the same function as logistic)
 """
 
 from __future__ import annotations
