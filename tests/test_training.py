@@ -333,7 +333,8 @@ def test_the_whole_chain_and_its_resumption(tmp_path: Path, monkeypatch: pytest.
     student = ladd.Pipeline.from_pretrained(result, model="student")
     images = student(["red apple", "cat face"], steps=1, seed=[5, 6]).images
     alone = student("cat face", steps=1, seed=6).images
-    assert np.array_equal(np.asarray(images[1]), np.asarray(alone[0]))
+    difference = np.asarray(images[1], np.int16) - np.asarray(alone[0], np.int16)
+    assert np.abs(difference).max() <= 1  # alone and in a batch: the same up to rounding
     assert (tmp_path / "ladd" / "whole" / "samples" / "step-00000004.png").exists()
     with pytest.raises(ValueError, match="unknown key 'stepz'"):
         distillation.run({**config, "run": {**RUN, "stepz": 1}}, out=tmp_path / "x")

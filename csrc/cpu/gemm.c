@@ -16,17 +16,14 @@ void ladd_sgemm(int ta, int tb, int M, int N, int K, float alpha, const float *A
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-ladd_cut ladd_gemm_cut(int M, int N, int K) {
-    double flops = 2.0 * M * N * K;
+/* The cut into about `want` tiles that packs least: every tile packs its own copy of its rows and columns, so packing grows as 1/tm + 1/tn a flop. */
+static ladd_cut best_cut(int M, int N, int want) {
     ladd_cut cut = {.tm = M, .tn = N, .n_m = 1, .n_n = 1};
-    if (flops < 4e6) return cut; /* some 20 microseconds: waking the pool would cost as much as it saves */
-    int want = (int)(flops < 64 * 32e6 ? flops / 32e6 : 64);
-    want = want < 4 ? (flops < 16e6 ? 2 : 4) : (want + 1) & ~1;
     double best = 1e300;
     for (int n_n = 1; n_n <= want; n_n++) {
         int n_m = (want + n_n - 1) / n_n;
         if ((n_n > 1 && N / n_n < 32) || (n_m > 1 && M / n_m < 16)) continue;
-        double packed = (double)M * n_n + (double)N * n_m; /* every tile packs its own copy of its rows and columns */
+        double packed = (double)M * n_n + (double)N * n_m;
         if (packed >= best) continue;
         best = packed;
         cut.tm = (int)(n_m == 1 ? M : round_up((M + n_m - 1) / n_m, 8)); /* whole register tiles of the product's inner kernel */
@@ -35,6 +32,20 @@ ladd_cut ladd_gemm_cut(int M, int N, int K) {
     cut.n_m = (M + cut.tm - 1) / cut.tm;
     cut.n_n = (N + cut.tn - 1) / cut.tn;
     return cut;
+}
+
+/* Tiles of some 0.4 milliseconds, at least four of them to keep two threads even, but no more than four where that makes tiles so narrow that packing
+ * costs more than a tenth of the product. */
+ladd_cut ladd_gemm_cut(int M, int N, int K) {
+    double flops = 2.0 * M * N * K;
+    if (flops < 4e6) return best_cut(M, N, 1); /* some 20 microseconds: waking the pool would cost as much as it saves */
+    if (flops < 16e6) return best_cut(M, N, 2);
+    int want = flops < 64 * 96e6 ? (int)(flops / 96e6) : 64;
+    for (; want > 4; want /= 2) {
+        ladd_cut cut = best_cut(M, N, (want + 1) & ~1);
+        if (1.0 / cut.tm + 1.0 / cut.tn <= 0.008) return cut;
+    }
+    return best_cut(M, N, 4);
 }
 
 typedef struct gemm_job {
