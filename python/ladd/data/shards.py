@@ -1,11 +1,12 @@
 """Latent shards: what LADD trains on, as safetensors files with an index that says where they come from.
 
-    {prefix}-00000.safetensors   latents[n,C,H,W] (float16 or float32), seed[n], guidance[n]; the text either as prompts (metadata, JSON) for a text
-                                 encoder of the project, or as context[n,T,J] and pooled[n,P] from any other
-    index.json                   provenance (teacher, autoencoder, scaling, guidance, steps, schedule, shift, text encoder, count) and the files
+    {prefix}-00000.safetensors   latents[n,C,H,W] (float16 or float32) and seed[n]; the text either as prompts (metadata, JSON)
+                                 for a text encoder of the project, or as context[n,T,J] and pooled[n,P] from any other
+    index.json                   provenance (teacher, autoencoder, scaling, guidance, steps, schedule, shift, text encoder),
+                                 the count and the files
 
-Writing is atomic and resumable: a file is complete when the index names it. Reading is by rows, straight from the files: a data set may be larger
-than the memory.
+Writing is atomic and resumable: a file is complete when the index names it. Reading is by rows, straight from the files: a data
+set may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class ShardWriter:
         return sum(f["count"] for f in self.files)
 
     def write(self, arrays: Mapping[str, Array], prompts: Sequence[str] | None = None) -> None:
-        """Adds one shard. arrays: latents, and seed, guidance, context, pooled where there are any; all with the same number of rows."""
+        """Adds one shard. arrays: latents, and seed, context, pooled where there are any; all with the same number of rows."""
         from safetensors.numpy import save_file
 
         latents = arrays["latents"]
@@ -215,7 +216,7 @@ class LatentShards:
         return Batch(latents, np.ascontiguousarray(context), np.ascontiguousarray(pooled))
 
     def check(self, **expected: Any) -> None:
-        """Raises unless the provenance holds exactly these values: latents of another autoencoder or text encoder would train without a sign."""
+        """Raises unless the provenance holds these values: latents of another autoencoder or text encoder would train without a sign."""
         have = {k: self.provenance.get(k) for k in expected}
         difference = _difference(have, json.loads(json.dumps(expected)))
         if difference:

@@ -76,6 +76,7 @@ class AutoencoderTrainer:
 
     def step(self, images: Array, step: int, rate_scale: float = 1.0) -> dict[str, float]:
         """One update on images [B,3,H,W] in [-1, 1]."""
+        self.optimizer.zero_grad()
         moments, saved_encoder = self.core.encode(images, keep=True)
         assert saved_encoder is not None
         mean, logvar = np.split(moments, 2, axis=1)

@@ -1,7 +1,8 @@
-"""What all trainers share: optimizer, EMA and schedule over flat buffers, metrics, grids, and checkpoints that survive a kill at any instant.
+"""What all trainers share: optimizer, EMA and schedule over flat buffers, metrics, grids, and checkpoints that survive a kill.
 
-A checkpoint is a folder `step-XXXXXXXX` with every array that the next step depends on (weights, moments, EMA) and a few counters. It is written
-aside, synced and renamed, so a folder of that name is complete. Random numbers are keyed by (seed, purpose, step), so they have no state to save.
+A checkpoint is a folder `step-XXXXXXXX` with every array that the next step depends on (weights, moments, EMA) and a few
+counters. It is written aside, synced and renamed, so a folder of that name is complete. Random numbers are keyed by (seed,
+purpose, step), so they have no state to save.
 """
 
 from __future__ import annotations
@@ -46,8 +47,13 @@ class AdamW:
         self.v = [np.zeros_like(p) for p, _ in self.buffers]
         self.updates = 0
 
+    def zero_grad(self) -> None:
+        """At the head of a step: an interrupted step may have left a part of its gradients."""
+        for _, g in self.buffers:
+            _core.zero(g)
+
     def update(self, scale: float = 1.0) -> float:
-        """One update from the accumulated gradients, which it clears; `scale` multiplies the rate. Returns the norm before clipping."""
+        """One update from the accumulated gradients; `scale` multiplies the rate. Returns the norm before clipping."""
         norm = math.sqrt(sum(_core.sum_squares(g) for _, g in self.buffers))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient of {self.name} is {norm} at update {self.updates + 1}; nothing was updated")
@@ -57,7 +63,6 @@ class AdamW:
         rate = c.rate(self.updates) * scale
         for (p, g), m, v in zip(self.buffers, self.m, self.v, strict=True):
             _core.adamw(p, m, v, g, rate, c.beta1, c.beta2, c.eps, c.weight_decay, self.updates, clip)
-            _core.zero(g)
         return norm
 
     def state(self) -> State:
@@ -127,15 +132,18 @@ def part_of(state: State, part: str) -> State:
 
 
 def check_state(given: State, expected: State, what: str) -> None:
-    """Raises unless the arrays of a stored state have the names, shapes and dtypes of the object that is to take them."""
+    """Raises unless a stored state has the counters, and arrays of the names, shapes and dtypes, of the object that is to take it."""
     have, want = given[0], expected[0]
     for name in sorted(want.keys() - have.keys()) + sorted(have.keys() - want.keys()):
         raise ValueError(f"{what}: array {name!r} is {'missing' if name in want else 'not known to this configuration'}")
     for name, a in want.items():
         if have[name].shape != a.shape or have[name].dtype != a.dtype:
-            raise ValueError(
-                f"{what}: {name!r} must be {a.dtype}{list(a.shape)}, got {have[name].dtype}{list(have[name].shape)}: another model was saved here"
-            )
+            given_as = f"{have[name].dtype}{list(have[name].shape)}"
+            raise ValueError(f"{what}: {name!r} must be {a.dtype}{list(a.shape)}, got {given_as}: another model was saved here")
+    for part, counters in expected[1].items():
+        found = given[1].get(part)
+        if not isinstance(found, dict) or found.keys() != counters.keys() or not all(isinstance(n, int) for n in found.values()):
+            raise ValueError(f"{what}: the counters of {part!r} must be integers {sorted(counters)}, got {found!r}")
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------
@@ -152,7 +160,7 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; on success it is synced and takes the name, else it is removed. Whoever sees `path` sees all of it."""
+    """Yields a folder beside `path`; on success it is synced and takes the name, else it is removed. Whoever sees `path` sees all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.parent / f".{path.name}.tmp", path.parent / f".{path.name}.old"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -270,8 +278,8 @@ def sections(config: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, 
 class Run:
     """One training run in a folder: which step is next, metrics.jsonl, checkpoints, the progress bar and the time budget.
 
-    With max_minutes the number of steps is planned once, from the time of the first steps; the plan is part of the checkpoint, so that a resumed
-    run follows the same schedule as an uninterrupted one (a changed max_minutes makes a new plan).
+    With max_minutes the number of steps is planned once, from the time of the first steps; the plan is part of the checkpoint,
+    so that a resumed run follows the same schedule as an uninterrupted one (a changed max_minutes makes a new plan).
     """
 
     PROBE = 12  # steps that are timed before the plan is made; the first two are not counted
@@ -286,7 +294,6 @@ class Run:
         fixed = {k: {n: x for n, x in v.items() if n not in CONTROL} for k, v in self.config.items()}
         self.hash = config_hash(fixed)
         self._fixed = fixed
-        self._resume = resume
         self._planned = not settings.max_minutes
         found = checkpoints(self.out)
         if found and not resume:
@@ -318,7 +325,8 @@ class Run:
             if json.loads(json.dumps(value)) != saved.get(section, {}).get(key)
         ]
         if changed:
-            raise ValueError(f"{self._from} was made with other settings ({'; '.join(changed)}); only {', '.join(CONTROL)} may change on resume")
+            what = "; ".join(changed)
+            raise ValueError(f"{self._from} was made with other settings ({what}); only {', '.join(CONTROL)} may change on resume")
 
     def _open_metrics(self) -> None:
         """Drops what was logged after the checkpoint: those steps are made again."""
@@ -358,7 +366,7 @@ class Run:
         if not self._planned and done == self.PROBE:
             seconds = (time.perf_counter() - self._probe) / (done - 2)
             left = self.settings.max_minutes * 60 - (time.perf_counter() - self._began)
-            self.steps = max(step, min(self.steps, step + int(left / seconds)))
+            self.steps = min(self.steps, step + max(1, int(left / seconds)))
             self._planned = True
             self._bar.total = self.steps
             tqdm_write(f"{seconds:.3f} s a step: {self.steps} steps fit into {self.settings.max_minutes:g} minutes")
@@ -388,8 +396,8 @@ class Run:
             return
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        header = dict(step=step, steps=self.steps, max_minutes=self.settings.max_minutes, config=self._fixed, hash=self.hash)
-        save_state(self.out / f"step-{step:08d}", trainer.state(), **header)
+        plan = {"step": step, "steps": self.steps, "max_minutes": self.settings.max_minutes}
+        save_state(self.out / f"step-{step:08d}", trainer.state(), **plan, config=self._fixed, hash=self.hash)
         for old in checkpoints(self.out)[: -self.settings.keep]:
             shutil.rmtree(old)
 

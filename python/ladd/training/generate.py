@@ -1,12 +1,13 @@
 """Synthetic latents: guided samples of a teacher for prompts in the style of training, as latent shards with provenance.
 
-LADD needs no other data: guidance, which a one-step student cannot use, enters through these latents (LADD paper, section 3.2). Picture i of a run is the sample of seed
-seed * 2^32 + i, whatever the batch, and a stopped run goes on after the last complete shard.
+LADD needs no other data: guidance, which a one-step student cannot use, enters through these latents (LADD paper, section 3.2).
+Latent i of a run is the sample of seed * 2^32 + i, whatever the batch, and a stopped run goes on after the last complete shard.
+For comparison `source = "drawings"` encodes real pictures in the same form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class GenerateRun:
     """[run]: which teacher, how many latents, how they are sampled."""
 
     teacher: str = "openmoji"  # pipeline folder
+    source: str = "teacher"  # "teacher": its samples; "drawings": encoded pictures (steps, guidance and the like are not used)
     count: int = 8192
     batch: int = 64
     shard: int = 1024  # latents a file
@@ -38,6 +40,8 @@ class GenerateRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.source not in ("teacher", "drawings"):
+            raise ValueError(f'run.source must be "teacher" or "drawings", got {self.source!r}')
         for name in ("count", "batch", "shard", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
@@ -69,33 +73,60 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = True, dry_
     pipe = Pipeline.from_pretrained(r.teacher, model="teacher")
     size = pipe.model.config.sample_size
     if dry_run:
+        if r.source == "drawings":
+            print(f"{r.count} latents of drawings in batches of {r.batch}")
+            return None
         memory = pipe.model.plan(2 * r.batch, size, size, pipe.text.max_words)
         print(f"{r.count} latents of {r.steps} guided steps in batches of {r.batch}; activations {memory / 2**20:.0f} MiB")
         return None
-    how = {k: getattr(r, k) for k in ("guidance_scale", "steps", "schedule", "shift", "seed")}
+    how: dict[str, Any] = {"source": "drawings", "seed": r.seed}
+    if r.source == "teacher":
+        how = {k: getattr(r, k) for k in ("guidance_scale", "steps", "schedule", "shift", "seed")}
     folder = Path(out)
     if folder.joinpath("index.json").exists() and not resume:
         raise FileExistsError(f"{folder} already holds shards; resume, or choose another folder")
     writer = ShardWriter(folder, {**identity(pipe), **how, "size": [size, size]})
-    views = openmoji.Views(seed=r.seed + (1 << 20))  # other views than the teacher's training saw
-    times = sampling.sigmas(r.steps, schedule=r.schedule, shift=r.shift)
-    negative = pipe.text.encode([""])
+    # Other views than the teacher's training saw.
+    views = openmoji.Views(seed=r.seed + (1 << 20), size=size * pipe.vae.config.spatial_factor)
+    make = _sampler(pipe, r) if r.source == "teacher" else _encoder(pipe)
     with tqdm(total=r.count, initial=min(writer.count, r.count), desc="generating", unit="latent", disable=None) as bar:
         while writer.count < r.count:
             first, n = writer.count, min(r.shard, r.count - writer.count)
-            prompts, seeds, latents = [], [], []
-            for start in range(first, first + n, r.batch):
-                rows = min(r.batch, first + n - start)
-                texts = [view.text for view in views.draw(start, rows)]
-                own = [(r.seed << 32) + start + i for i in range(rows)]
-                context, pooled = pipe.text.encode(texts)
-                x = sampling.sample(
-                    pipe.model, context, pooled, size=(size, size), sigmas=times, guidance_scale=r.guidance_scale,
-                    negative=negative if r.guidance_scale > 1 else None, seeds=own,
-                )  # fmt: skip
-                latents.append(x.astype(np.float16))
-                prompts += texts
-                seeds += own
-                bar.update(rows)
-            writer.write({"latents": np.concatenate(latents), "seed": np.array(seeds, np.int64)}, prompts)
+            drawn = views.draw(first, n)
+            seeds = [(r.seed << 32) + first + i for i in range(n)]
+            latents = []
+            for start in range(0, n, r.batch):
+                part = slice(start, min(start + r.batch, n))
+                latents.append(make(drawn[part], seeds[part]).astype(np.float16))
+                bar.update(len(latents[-1]))
+            arrays: dict[str, Array] = {"latents": np.concatenate(latents), "seed": np.array(seeds, np.int64)}
+            writer.write(arrays, [view.text for view in drawn])
     return folder
+
+
+Maker = Callable[[Sequence[openmoji.View], Sequence[int]], Array]
+
+
+def _sampler(pipe: Pipeline, r: GenerateRun) -> Maker:
+    """Guided samples for the captions of views, one seed each."""
+    size = pipe.model.config.sample_size
+    times = sampling.sigmas(r.steps, schedule=r.schedule, shift=r.shift)
+    negative = pipe.text.encode([""]) if r.guidance_scale > 1 else None
+
+    def make(views: Sequence[openmoji.View], seeds: Sequence[int]) -> Array:
+        context, pooled = pipe.text.encode([view.text for view in views])
+        return sampling.sample(
+            pipe.model, context, pooled, size=(size, size), sigmas=times, guidance_scale=r.guidance_scale, negative=negative, seeds=seeds
+        )
+
+    return make
+
+
+def _encoder(pipe: Pipeline) -> Maker:
+    """Latents of the views themselves: real pictures instead of samples."""
+    size = pipe.model.config.sample_size * pipe.vae.config.spatial_factor
+
+    def make(views: Sequence[openmoji.View], seeds: Sequence[int]) -> Array:
+        return pipe.vae.encode(np.stack([view.render(size) for view in views]), sample=True, seed=seeds)
+
+    return make

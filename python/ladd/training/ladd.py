@@ -5,8 +5,9 @@
     L_D = mean l_real(D(F(real))) + mean l_fake(D(F(fake)))                            F: frozen teacher's image tokens, D: one head a tap
     L_G = mean l_generator(D(F(fake)))
 
-z0 is a latent that the teacher made with guidance. Means are over all logits of all heads, one a token. The step costs six teacher forwards where separate
-updates cost eight: the student's forward and the teacher's pass over the fake serve both updates (design: heads first, then the student through the updated heads).
+z0 is a latent that the teacher made with guidance. Means are over all logits of all heads, one a token. The step costs six
+teacher forwards where separate updates cost eight: the student's forward and the teacher's pass over the fake serve both
+updates, first that of the heads, then that of the student through the updated heads.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Part:
     latents: Array  # [b,C,H,W]
     context: Array  # [b,T,J]
     pooled: Array  # [b,P]
+    other_context: Array  # [b,T,J] text of the next picture in the batch
+    other_pooled: Array  # [b,P]
     noise: Array | None  # [b,C,H,W] what the teacher started from; None: unknown
     samples: Array  # [b] int64
     share: float  # b / B
@@ -76,8 +79,8 @@ class FakePass:
 class LADD:
     """The training step. student and teacher: MMDiT; the student is trained in place, the teacher is only read.
 
-    Raises ValueError where the three do not fit together, for latents that are noise, and FloatingPointError (naming what) when a loss or gradient is not finite:
-    then nothing was updated in that half of the step.
+    Raises ValueError where the three do not fit together and for latents that are noise, and FloatingPointError (naming what)
+    when a loss or gradient is not finite: then nothing was updated in that half of the step.
     """
 
     def __init__(
@@ -123,8 +126,8 @@ class LADD:
     def step(self, latents: Any, context: Any, pooled: Any, *, noise: Any = None, rate_scale: float = 1.0) -> Metrics:
         """One update of the heads (d_steps of them) and one of the student.
 
-        latents [B,C,H,W] from the teacher, context [B,T,J], pooled [B,P]; noise [B,C,H,W]: what each latent was sampled from, only for pair_weight.
-        rate_scale multiplies both learning rates (a schedule).
+        latents [B,C,H,W] from the teacher, context [B,T,J], pooled [B,P]; noise [B,C,H,W]: what each latent was sampled from, only
+        for pair_weight. rate_scale multiplies both learning rates (a schedule).
         """
         self.rate_scale = rate_scale
         batch = self._batch(latents, context, pooled, noise)
@@ -161,8 +164,8 @@ class LADD:
             raise ValueError("pair_weight needs noise=: what the teacher sampled each latent from")
         if self.passes < NOISE_CHECKS and not self.allow_noise_latents and looks_like_noise(z):
             raise ValueError(
-                f"latents look like standard normal noise (mean {z.mean():.3f}, deviation {z.std():.3f}, neighbours uncorrelated), not like pictures; "
-                "pass allow_noise_latents=True if that is meant"
+                f"latents look like standard normal noise (mean {z.mean():.3f}, deviation {z.std():.3f}, neighbours uncorrelated), "
+                "not like pictures; pass allow_noise_latents=True if that is meant"
             )
         if self.config.misaligned_weight and len(z) < 2:
             raise ValueError("misaligned_weight needs at least two pictures a batch, got 1")
@@ -183,11 +186,13 @@ class LADD:
     def _parts(self, batch: tuple[Array, Array, Array, Array | None], draws: Draws) -> list[Part]:
         z, y, p, e = batch
         n = self.config.micro_batch or len(z)
+        other_y, other_p = np.roll(y, 1, axis=0), np.roll(p, 1, axis=0)  # over the batch, so that the split does not matter
         out = []
         for i in range(0, len(z), n):
             rows = slice(i, min(i + n, len(z)))
             samples = np.arange(rows.start, rows.stop, dtype=np.int64)
-            out.append(Part(z[rows], y[rows], p[rows], None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows)))
+            text = (y[rows], p[rows], other_y[rows], other_p[rows])
+            out.append(Part(z[rows], *text, None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows)))
         return out
 
     # ---- passes through the networks ----
@@ -249,21 +254,25 @@ class LADD:
         return total
 
     def _misaligned(self, part: Part) -> float:
-        """Real pictures with their neighbour's text are fakes too: sharpens what the heads know of the text."""
-        other = dataclasses.replace(part, context=np.roll(part.context, 1, axis=0), pooled=np.roll(part.pooled, 1, axis=0))
+        """Real pictures with another picture's text are fakes too, unless both have the same text: sharpens what the heads know of it."""
+        other = dataclasses.replace(part, context=part.other_context, pooled=part.other_pooled)
+        differs = (part.context != other.context).any(axis=(1, 2)) | (part.pooled != other.pooled).any(axis=1)
         features, _ = self._features(self._renoised_real(part), part.draws.t_hat_real, other, keep=False)
         logits, saved = self._heads(features, part.draws.t_hat_real, other)
-        flat = np.concatenate([x.reshape(-1) for x in logits])
-        value, d = _core.adversarial_loss(flat, self.loss.name, "fake", self.config.misaligned_weight * part.share)
-        ends = np.cumsum([x.size for x in logits])[:-1]
-        saved.backward([g.reshape(x.shape) for g, x in zip(np.split(d, ends), logits, strict=True)], features=False)
+        weight = self.config.misaligned_weight * part.share / len(logits)
+        value, gradients = 0.0, []
+        for x in logits:
+            one, d = _core.adversarial_loss(x, self.loss.name, "fake", weight)
+            value += one / len(logits)
+            gradients.append(_core.row_scale(d, differs.astype(np.float32)))
+        saved.backward(gradients, features=False)
         return value
 
     def _r1(self, real: list[Array], part: Part, saved: Any, logits: list[Array]) -> float:
         """R1 on the heads' inputs (ADD, arXiv 2311.17042): weight * mean over pictures of |g|^2, g = d(sum of logits)/d(features).
 
-        The value is exact. Its gradient 2 <g, dg/dtheta> is the derivative of the logits' sum along g, taken as a central difference, which needs no
-        second backward through the heads: (d/dtheta S(f + h g) - d/dtheta S(f - h g)) / h.
+        The value is exact. Its gradient 2 <g, dg/dtheta> is the derivative of the logits' sum along g, taken as a central
+        difference, which needs no second backward through the heads: (d/dtheta S(f + h g) - d/dtheta S(f - h g)) / h.
         """
         c = self.config
         g = saved.backward([np.ones_like(x) for x in logits], params=False)
@@ -373,7 +382,7 @@ def _finite(what: str, value: float, iteration: int) -> None:
 
 
 def _logit_metrics(real: list[Array], fake: list[Array]) -> Metrics:
-    """What shows a discriminator that is too strong or too weak: the gap of the logits, per head too, and how many hinge terms are saturated."""
+    """What shows a discriminator too strong or too weak: the gap of the logits, per head too, and the share of saturated hinge terms."""
     r, f = (np.concatenate([x.reshape(-1) for x in logits]) for logits in (real, fake))
     gaps = {f"logit_gap_{i}": float(a.mean() - b.mean()) for i, (a, b) in enumerate(zip(real, fake, strict=True))}
     return {
@@ -443,7 +452,10 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     pipe = Pipeline.from_pretrained(parts["data"].teacher, model="teacher")
     teacher = pipe.model
     shards = LatentShards(parts["data"].latents, pipe.text)
-    shards.check(**identity(pipe))
+    origin = identity(pipe)
+    shards.check(**origin)
+    if ladd_config.pair_weight and shards.provenance.get("source") == "drawings":
+        raise ValueError(f"ladd.pair_weight needs latents sampled from known noise, but {shards.folder} holds encoded drawings")
     shape = shards.latent_shape
     student = teacher.copy()
     heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), seed=ladd_config.seed)
@@ -456,8 +468,9 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
         )
         fixed = 4 * (5 * student.num_parameters + teacher.num_parameters + 4 * heads.num_parameters)
         print(
-            f"student and teacher: {student.num_parameters:,} parameters, heads: {heads.num_parameters:,}; {len(shards)} latents {list(shape)}; "
-            f"{settings.steps} steps of {settings.batch}\nmemory: weights, gradients, moments and EMA {fixed / 2**20:.0f} MiB, activations {kept / 2**20:.0f} MiB"
+            f"student and teacher: {student.num_parameters:,} parameters, heads: {heads.num_parameters:,}; "
+            f"{len(shards)} latents {list(shape)}; {settings.steps} steps of {settings.batch}\n"
+            f"memory: weights, gradients, moments and EMA {fixed / 2**20:.0f} MiB, activations {kept / 2**20:.0f} MiB"
         )
         return None
     book = common.Run(out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap"))
@@ -476,6 +489,8 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
             _save_preview(book, step, trainer, shards, preview, shape, pipe)
         book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
         book.checkpoint(step, trainer)
+    if common.sha256(teacher._core.flat) != origin["teacher"]:
+        raise RuntimeError("the teacher's weights changed during the run; nothing was saved from it")
     how = {
         "student": SamplerSettings(folder="student", steps=4, method="renoise"),
         "teacher": dataclasses.replace(pipe.settings, folder="teacher"),

@@ -1,12 +1,14 @@
 """Trains a rectified-flow teacher: x_t = (1 - t) z + t e, velocity e - z, mean squared error, t logit-normal (SD3 paper, section 3.1).
 
-Text is dropped to the empty prompt for a share of the pictures, so that guidance has something to steer away from; the text encoder is trained along. Latents come
-from a bank of random views that the autoencoder encodes once.
+Text is dropped to the empty prompt for a share of the pictures, so that guidance has something to steer away from; the text
+encoder is trained along. Latents come from a bank of random views that the autoencoder encodes once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +89,8 @@ class TeacherTrainer:
     def __init__(self, model: MMDiT, text: WordEncoder, optimizer: AdamWConfig, run: TeacherRun) -> None:
         self.model, self.text, self.run = model, text, run
         core = model._core
-        self.optimizer = common.AdamW(
-            [(core.flat_trainable, core.flat_grad), (text.flat, text.flat_grad)], optimizer, "the teacher"
-        )
+        buffers = [(core.flat_trainable, core.flat_grad), (text.flat, text.flat_grad)]
+        self.optimizer = common.AdamW(buffers, optimizer, "the teacher")
         self.ema = common.EMA([core.flat_trainable, text.flat], run.ema_decay)
 
     def step(self, latents: Array, ids: Array, step: int, rate_scale: float = 1.0) -> dict[str, float]:
@@ -102,6 +103,7 @@ class TeacherTrainer:
         ids[dropped] = PADDING
         ids[dropped, 0] = EMPTY
 
+        self.optimizer.zero_grad()
         context, pooled = self.text.encode_ids(ids)
         x_t, noise = _core.renoise(latents, t, r.seed, _purposes.TEACHER_NOISE, step, return_noise=True)
         v, saved = self.model._core.forward(x_t, t, context, pooled, keep=True)
@@ -140,15 +142,15 @@ def encode_views(vae: AutoencoderKL, views: openmoji.Views, count: int, batch: i
 
 
 def latent_bank(vae: AutoencoderKL, data: TeacherData, seed: int, size: int) -> tuple[Array, list[str]]:
-    """encode_views, kept in the cache folder under the autoencoder's hash."""
-    key = common.sha256(vae._core.flat)[:16]
+    """encode_views, kept in the cache folder under a hash of the autoencoder and of all captions."""
+    key = hashlib.sha256((common.sha256(vae._core.flat) + "\n".join(openmoji.captions())).encode()).hexdigest()[:16]
     path = openmoji.cache_folder() / f"latents-{key}-{seed}-{data.views}-{size}.npz"
     if path.exists():
         with np.load(path) as stored:
             return stored["latents"], [str(text) for text in stored["texts"]]
     latents, texts = encode_views(vae, openmoji.Views(seed=seed, size=size), data.views)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
     np.savez(temporary, latents=latents, texts=np.array(texts))
     temporary.replace(path)
     return latents, texts
@@ -204,9 +206,8 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     book.restore(trainer)
     for step in book:
         rows = epoch_rows(len(latents), settings.batch, settings.seed, step)
-        metrics = trainer.step(
-            latents[rows].astype(np.float32), ids[rows], step, common.cosine_tail(step, book.steps, settings.decay_share)
-        )
+        scale = common.cosine_tail(step, book.steps, settings.decay_share)
+        metrics = trainer.step(latents[rows].astype(np.float32), ids[rows], step, scale)
         if book.due(step, settings.sample_every):
             with trainer.ema.applied():
                 images = vae.decode(guided_samples(model, text, GRID_PROMPTS * 2))
