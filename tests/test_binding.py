@@ -712,8 +712,14 @@ INTERRUPT = """
 
 
 def test_ctrl_c_stops_between_layers_and_the_model_stays_usable() -> None:
-    late = [float(line) for line in run_script(INTERRUPT.format(tests=os.path.dirname(__file__))).split()]
-    assert len(late) == 2 and max(late) < 0.6, f"came {late} of the whole call's time after the signal"
+    for attempt in range(5):  # on a busy machine a call can end before its signal comes, and say nothing of either
+        try:
+            late = [float(line) for line in run_script(INTERRUPT.format(tests=os.path.dirname(__file__))).split()]
+            assert len(late) == 2 and max(late) < 0.6, f"came {late} of the whole call's time after the signal"
+            return
+        except AssertionError:
+            if attempt == 4:
+                raise
 
 
 def test_a_signal_handler_that_raises_is_what_is_raised() -> None:
@@ -724,12 +730,13 @@ def test_a_signal_handler_that_raises_is_what_is_raised() -> None:
         raise Alarm
 
     model, arguments = large()
+    model.forward(**arguments)
     start = time.perf_counter()
     model.forward(**arguments)
     whole = time.perf_counter() - start
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3 * whole)
+        signal.setitimer(signal.ITIMER_REAL, 0.1 * whole)
         with pytest.raises(Alarm):
             model.forward(**arguments)
     finally:
