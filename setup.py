@@ -89,7 +89,9 @@ class BuildCore(build_ext):
             "-pthread",
             "-Wl,-rpath,$ORIGIN",
         ]
-        run([*self.compiler.linker_so, *objects, "-o", str(target), *libraries, *shlex.split(os.environ.get("LDFLAGS", ""))])
+        # Python's own rpath is a place on this machine; an extension needs nothing from there.
+        linker = [word for word in self.compiler.linker_so if not word.startswith("-Wl,-rpath")]
+        run([*linker, *objects, "-o", str(target), *libraries, *shlex.split(os.environ.get("LDFLAGS", ""))])
 
 
 def compile_one(command: list[str], source: str, folder: Path) -> str:

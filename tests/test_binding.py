@@ -674,6 +674,7 @@ INTERRUPT = """
     import test_binding as t
     from ladd import _core
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start background processes with SIGINT ignored
     model, arguments = t.large()
     in_use = _core.memory_in_use()
     small = {{name: value[:1] for name, value in arguments.items()}}

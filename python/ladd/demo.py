@@ -42,7 +42,13 @@ SHOWCASE = (
     "man pilot dark skin tone",
 )
 # [ladd] of the few minutes there are: only the one step that the page shows is trained.
-RECIPE: dict[str, Any] = {"student_times": [1.0], "student_probabilities": [1.0]}
+RECIPE: dict[str, Any] = {
+    "student_times": [1.0],
+    "student_probabilities": [1.0],
+    "t_hat_mean": 0.0,
+    "pair_weight": 1.0,
+    "discriminator": {"lr": 4e-4},
+}
 STAGES = 4
 GENERATE_STEPS = 20
 REFERENCE_PICTURES = 2048
