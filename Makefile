@@ -56,16 +56,16 @@ demo: $(VENV)/demo.done  ## distil a fresh student from the shipped teacher and 
 	$(BIN)/ladd demo
 
 lint: $(VENV)/dev.done  ## ruff, mypy, clang-format, warnings of the C compiler
-	$(BIN)/ruff check python tests benchmarks setup.py
-	$(BIN)/ruff format --check python tests benchmarks setup.py
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	rm -rf build/werror
 	CFLAGS=-Werror $(PIP) install --no-build-isolation --no-deps --target build/werror .
 
 format: $(VENV)/dev.done  ## let ruff and clang-format write the files
-	$(BIN)/ruff check --fix python tests benchmarks setup.py
-	$(BIN)/ruff format python tests benchmarks setup.py
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(C_FILES)
 
 # The repaired wheel is tried where there is no compiler and no source: PATH holds nothing but the new environment.

@@ -61,9 +61,7 @@ class BuildCore(build_ext):
 
         includes = [numpy.get_include(), scipy_openblas32.get_include_dir(), sysconfig.get_path("include")]
         if not Path(includes[2], "Python.h").is_file():
-            raise SystemExit(
-                f"Python.h expected in {includes[2]}, but it is not there; install Python's headers (Debian: python3-dev)"
-            )
+            raise SystemExit(f"Python.h expected in {includes[2]}, but it is not there; install Python's headers (Debian: python3-dev)")
         command = [
             *self.compiler.compiler_so,
             *FLAGS,

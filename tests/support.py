@@ -150,9 +150,7 @@ def vae_config(**changes: Any) -> dict[str, Any]:
 VAE_CASES: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "two_levels": (vae_config(), 12, 16, 2),
     "quant_convs": (
-        vae_config(
-            block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=2, use_quant_conv=True, use_post_quant_conv=True
-        ),
+        vae_config(block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=2, use_quant_conv=True, use_post_quant_conv=True),
         8,
         20,
         1,

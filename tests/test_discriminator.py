@@ -122,9 +122,7 @@ def test_power_iteration_only_when_asked_for() -> None:
     _, saved = forward(model, "default", x, update_u=True, keep=True)
     for key, value in model.tensors().items():
         if key.endswith("weight_u"):
-            reference = oracle.power_iteration(
-                weights[key.removesuffix("_u")].astype(np.float64), weights[key].astype(np.float64)
-            )
+            reference = oracle.power_iteration(weights[key.removesuffix("_u")].astype(np.float64), weights[key].astype(np.float64))
             support.assert_close(value, reference, 1e-5, key)
         else:
             assert same_bits(value, weights[key])

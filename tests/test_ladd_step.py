@@ -51,8 +51,7 @@ def run_oracle(trainer: ladd.LADD, batch: tuple[Array, Array, Array], loss: str)
     times = make_trainer(**{"loss": loss})._next_draws(BATCH)
     shape, samples, seed = batch[0].shape, np.arange(BATCH), trainer.config.seed
     noise = [
-        philox.normal(shape, seed, purpose, 0, samples)
-        for purpose in (_purposes.STUDENT_NOISE, _purposes.RENOISE_FAKE, _purposes.RENOISE_REAL)
+        philox.normal(shape, seed, purpose, 0, samples) for purpose in (_purposes.STUDENT_NOISE, _purposes.RENOISE_FAKE, _purposes.RENOISE_REAL)
     ]
     draws = ladd_step.Draws(times.t, noise[0], times.t_hat_fake, noise[1], times.t_hat_real, noise[2])
     optimizer = ladd_step.Optimizer(ADAMW.lr, ADAMW.beta1, ADAMW.beta2, ADAMW.eps, ADAMW.weight_decay, ADAMW.clip_norm)

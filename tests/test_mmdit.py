@@ -34,9 +34,7 @@ def arguments(name: str) -> tuple[dict[str, Array], tuple[Array, ...]]:
     return inputs, tuple(inputs[key] for key in ("latents", "sigma", "context", "pooled"))
 
 
-def oracle_run(
-    name: str, weights: dict[str, Array], taps: list[int] | None = None
-) -> tuple[Any, dict[str, ad.Tensor], dict[str, ad.Tensor]]:
+def oracle_run(name: str, weights: dict[str, Array], taps: list[int] | None = None) -> tuple[Any, dict[str, ad.Tensor], dict[str, ad.Tensor]]:
     """The oracle's output, its parameters and its inputs; call ad.backward for gradients."""
     config, *_, skip = MMDIT_CASES[name]
     values = support.mmdit_inputs(name)
@@ -56,9 +54,7 @@ def oracle_run(
     return out, leaves, given
 
 
-def check_gradients(
-    model: Any, found: tuple[Array | None, ...], leaves: dict[str, ad.Tensor], given: dict[str, ad.Tensor]
-) -> None:
+def check_gradients(model: Any, found: tuple[Array | None, ...], leaves: dict[str, ad.Tensor], given: dict[str, ad.Tensor]) -> None:
     gradients = model.gradients()
     references = {name: leaf.grad if leaf.grad is not None else np.zeros(leaf.shape) for name, leaf in leaves.items()}
     # Some gradients are exactly zero but for rounding (the bias of keys): those are measured against the rest.

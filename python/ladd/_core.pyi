@@ -66,18 +66,40 @@ class MMDiT(Model):
     they are written; the position table is computed."""
     def __init__(self, config: Mapping[str, Any]) -> None: ...
     def plan(
-        self, batch: int, height: int, width: int, text_tokens: int, skip_layers: Sequence[int] = (), taps: Sequence[int] | None = None, keep: bool = False
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        text_tokens: int,
+        skip_layers: Sequence[int] = (),
+        taps: Sequence[int] | None = None,
+        keep: bool = False,
     ) -> int:
         """Bytes of activations that forward with these arguments takes."""
     @overload
     def forward(
-        self, latents: Array, sigma: Array, context: Array, pooled: Array, skip_layers: Sequence[int] = (), taps: None = None, keep: bool = False
+        self,
+        latents: Array,
+        sigma: Array,
+        context: Array,
+        pooled: Array,
+        skip_layers: Sequence[int] = (),
+        taps: None = None,
+        keep: bool = False,
     ) -> tuple[Array, MMDiTSaved | None]:
         """latents[B,C,H,W], sigma[B], context[B,T,J], pooled[B,P] -> velocity[B,C_out,h*p,w*p]; with taps a list of features[B,N,D], one a tap,
         ascending, and nothing deeper than the last tap is computed. keep: also return what backward needs."""
     @overload
     def forward(
-        self, latents: Array, sigma: Array, context: Array, pooled: Array, skip_layers: Sequence[int] = (), *, taps: Sequence[int], keep: bool = False
+        self,
+        latents: Array,
+        sigma: Array,
+        context: Array,
+        pooled: Array,
+        skip_layers: Sequence[int] = (),
+        *,
+        taps: Sequence[int],
+        keep: bool = False,
     ) -> tuple[list[Array], MMDiTSaved | None]: ...
 
 class MMDiTSaved:
@@ -122,13 +144,29 @@ def normal(shape: Sequence[int], seed: int, purpose: int, step: int = 0, samples
 
 @overload
 def renoise(
-    x0: Array, t: Array, seed: int, purpose: int, step: int = 0, samples: Samples | None = None, return_noise: Literal[False] = False, *, out: Array | None = None
+    x0: Array,
+    t: Array,
+    seed: int,
+    purpose: int,
+    step: int = 0,
+    samples: Samples | None = None,
+    return_noise: Literal[False] = False,
+    *,
+    out: Array | None = None,
 ) -> Array:
     """x0[B,...], t[B] -> (1 - t) x0 + t e, e as normal() draws it. In place allowed."""
 
 @overload
 def renoise(
-    x0: Array, t: Array, seed: int, purpose: int, step: int = 0, samples: Samples | None = None, *, return_noise: Literal[True], out: Array | None = None
+    x0: Array,
+    t: Array,
+    seed: int,
+    purpose: int,
+    step: int = 0,
+    samples: Samples | None = None,
+    *,
+    return_noise: Literal[True],
+    out: Array | None = None,
 ) -> tuple[Array, Array]: ...
 def interpolate(x0: Array, noise: Array, t: Array, *, out: Array | None = None) -> Array:
     """(1 - t) x0 + t noise for t[B]. In place allowed."""
@@ -150,7 +188,17 @@ def adversarial_loss(
 # ---- kernels: flat buffers -----------------------------------------------------------------------------------------------------------------------
 
 def adamw(
-    p: Array, m: Array, v: Array, g: Array, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float = 1.0
+    p: Array,
+    m: Array,
+    v: Array,
+    g: Array,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
 ) -> None:
     """One step on p, m, v in place, 1-D; g is multiplied by grad_scale first; step counts from 1."""
 
@@ -186,7 +234,9 @@ def layer_norm_modulate_forward(
 ) -> tuple[Array, Array, Array]:
     """x[B,N,D], shift[B,D], scale[B,D] (both or neither) -> y = norm(x) (1 + scale) + shift, mean[B,N], rstd[B,N]."""
 
-def layer_norm_modulate_backward(dy: Array, x: Array, mean: Array, rstd: Array, scale: Array | None) -> tuple[Array, Array | None, Array | None]:
+def layer_norm_modulate_backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, scale: Array | None
+) -> tuple[Array, Array | None, Array | None]:
     """-> dx, dshift, dscale."""
 
 def gate_residual_forward(x: Array, y: Array, gate: Array, *, out: Array | None = None) -> Array:
@@ -221,7 +271,13 @@ def silu_backward(dy: Array, x: Array, *, out: Array | None = None) -> Array: ..
 def leaky_relu_forward(x: Array, slope: float = 0.2, *, out: Array | None = None) -> Array: ...
 def leaky_relu_backward(dy: Array, x: Array, slope: float = 0.2, *, out: Array | None = None) -> Array: ...
 def conv2d_forward(
-    x: Array, w: Array, bias: Array | None = None, stride: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0), *, out: Array | None = None
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    *,
+    out: Array | None = None,
 ) -> Array:
     """x[B,Cin,H,W], w[Cout,Cin,kh,kw], bias[Cout], padding (top, left, bottom, right) -> y[B,Cout,Ho,Wo]."""
 

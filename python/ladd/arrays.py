@@ -74,9 +74,7 @@ def _as_numpy(value: Any, name: str) -> NDArray[Any]:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             if not hasattr(value, "__array__"):
-                raise TypeError(
-                    f"{name} cannot be read by DLPack ({type(value).__name__}: {error}); move it to the CPU as float32"
-                ) from None
+                raise TypeError(f"{name} cannot be read by DLPack ({type(value).__name__}: {error}); move it to the CPU as float32") from None
     if hasattr(value, "__array__") or isinstance(value, (list, tuple)):
         try:
             return np.asarray(value)

@@ -126,9 +126,7 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", nargs="?", default="openmoji", help='a pipeline folder, or "openmoji" (default)')
-    sub.add_argument(
-        "--out", type=Path, metavar="DIR", help="where evaluation.json and evaluation.md go (default: the table is only printed)"
-    )
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where evaluation.json and evaluation.md go (default: the table is only printed)")
     sub.add_argument("--pictures", type=int, help="a row and seed")
     sub.add_argument("--held-out-pictures", type=int, help="the same for held-out prompts")
     sub.add_argument("--seeds", type=int, nargs="+", help="each is a repetition")

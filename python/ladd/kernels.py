@@ -74,9 +74,7 @@ def attention_forward(q: Any, k: Any, v: Any, *, scale: float | None = None) -> 
     return outs[0], lse
 
 
-def attention_backward(
-    d_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *, scale: float | None = None
-) -> tuple[Array, Array, Array]:
+def attention_backward(d_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *, scale: float | None = None) -> tuple[Array, Array, Array]:
     """dq, dk, dv [B,N,heads,dh] (arXiv 2205.14135, Algorithm 4); q, k, v, o, lse and scale as in forward."""
     return joint_attention_backward([d_o], [(q, k, v)], [o], lse, scale=scale)[0]
 
@@ -110,9 +108,7 @@ def layer_norm_modulate_forward(x: Any, shift: Any = None, scale: Any = None, *,
     return _core.layer_norm_modulate_forward(as_float32(x, "x"), _maybe(shift, "shift"), _maybe(scale, "scale"), eps)
 
 
-def layer_norm_modulate_backward(
-    dy: Any, x: Any, mean: Any, rstd: Any, scale: Any = None
-) -> tuple[Array, Array | None, Array | None]:
+def layer_norm_modulate_backward(dy: Any, x: Any, mean: Any, rstd: Any, scale: Any = None) -> tuple[Array, Array | None, Array | None]:
     """dx [B,N,D], dshift [B,D], dscale [B,D]; the latter two are None when forward had none."""
     arrays = as_float32(dy, "dy"), as_float32(x, "x"), as_float32(mean, "mean"), as_float32(rstd, "rstd")
     return _core.layer_norm_modulate_backward(*arrays, _maybe(scale, "scale"))
@@ -151,9 +147,7 @@ def rms_norm_backward(dy: Any, x: Any, rstd: Any, weight: Any) -> tuple[Array, A
     return dx.reshape(shape), dweight
 
 
-def group_norm_forward(
-    x: Any, weight: Any, bias: Any, groups: int, *, eps: float = 1e-6, silu: bool = False
-) -> tuple[Array, Array, Array]:
+def group_norm_forward(x: Any, weight: Any, bias: Any, groups: int, *, eps: float = 1e-6, silu: bool = False) -> tuple[Array, Array, Array]:
     """y = (x - mean) rstd weight + bias, statistics over each group of C/G channels (arXiv 1803.08494, eq. 1 to 4).
 
     x [B,C,...]; weight, bias [C]. silu: y is then y sigmoid(y), in the same pass. Returns y [B,C,...], mean [B,G], rstd [B,G].
@@ -163,16 +157,12 @@ def group_norm_forward(
     return y.reshape(shape), mean, rstd
 
 
-def group_norm_backward(
-    dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, *, silu: bool = False
-) -> tuple[Array, Array, Array]:
+def group_norm_backward(dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, *, silu: bool = False) -> tuple[Array, Array, Array]:
     """dx [B,C,...], dweight [C], dbias [C]; silu as in forward."""
     (dy, dy_shape), (x, shape) = _planes(dy, "dy"), _planes(x, "x")
     _same("dy", dy_shape, shape)
     statistics = as_float32(mean, "mean"), as_float32(rstd, "rstd")
-    dx, dweight, dbias = _core.group_norm_backward(
-        dy, x, *statistics, as_float32(weight, "weight"), as_float32(bias, "bias"), silu
-    )
+    dx, dweight, dbias = _core.group_norm_backward(dy, x, *statistics, as_float32(weight, "weight"), as_float32(bias, "bias"), silu)
     return dx.reshape(shape), dweight, dbias
 
 
@@ -252,9 +242,7 @@ def silu_backward(dy: Any, x: Any) -> Array:
     return _core.silu_backward(as_float32(dy, "dy"), as_float32(x, "x"))
 
 
-def conv2d_forward(
-    x: Any, weight: Any, bias: Any = None, *, stride: int = 1, padding: int | tuple[int, int, int, int] = 0
-) -> Array:
+def conv2d_forward(x: Any, weight: Any, bias: Any = None, *, stride: int = 1, padding: int | tuple[int, int, int, int] = 0) -> Array:
     """Cross-correlation as in every framework. x [B,Cin,H,W]; weight [Cout,Cin,kh,kw]; bias [Cout] or None; zeros around x: one
     number for all sides, or (top, left, bottom, right). Returns y [B,Cout,Ho,Wo], Ho = (H + top + bottom - kh) // stride + 1,
     Wo likewise."""
@@ -298,9 +286,7 @@ def normal(shape: Sequence[int], *, seed: int, purpose: int = 0, step: int = 0, 
     return _core.normal(tuple(shape), seed, purpose, step, _samples(samples))
 
 
-def renoise_forward(
-    x0: Any, t: Any, *, seed: int, purpose: int = 0, step: int = 0, samples: ArrayLike | None = None
-) -> tuple[Array, Array]:
+def renoise_forward(x0: Any, t: Any, *, seed: int, purpose: int = 0, step: int = 0, samples: ArrayLike | None = None) -> tuple[Array, Array]:
     """x_t = (1 - t) x0 + t e with e from `normal`, in one pass (rectified flow: arXiv 2403.03206, section 2; its use on the
     student's output: LADD, arXiv 2403.12015, section 3.1). x0 [B,...]; t [B] or a number. Returns x_t and e, both of x0's
     shape."""

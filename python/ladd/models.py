@@ -175,8 +175,7 @@ class MMDiT(_Model[MMDiTConfig]):
             raise ValueError(f"latents must have B >= 1 and H and W of at least patch_size = {p}, got shape {list(x.shape)}")
         if max(height, width) // p > c.pos_embed_max_size:
             raise ValueError(
-                f"latents must have at most pos_embed_max_size * patch_size = {c.pos_embed_max_size * p} pixels a side, "
-                f"got {height} x {width}"
+                f"latents must have at most pos_embed_max_size * patch_size = {c.pos_embed_max_size * p} pixels a side, got {height} x {width}"
             )
         y = as_float32(context, "context", (batch, "T", c.joint_attention_dim))
         if y.shape[1] == 0:
@@ -230,9 +229,7 @@ class MMDiT(_Model[MMDiTConfig]):
         out, saved = self._core.forward(*inputs, self._blocks(skip_layers, "skip_layers"), taps=chosen, keep=True)
         assert saved is not None
 
-        def pullback(
-            cotangent: Any, *, params: bool = True, latents: bool = True, context: bool = True, pooled: bool = True
-        ) -> MMDiTGradients:
+        def pullback(cotangent: Any, *, params: bool = True, latents: bool = True, context: bool = True, pooled: bool = True) -> MMDiTGradients:
             shaped = _like(cotangent, out, "cotangent")
             return MMDiTGradients(*saved.backward(shaped, params=params, latents=latents, context=context, pooled=pooled))
 

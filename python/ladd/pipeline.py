@@ -127,9 +127,7 @@ class Pipeline:
         return self.settings.guidance_scale
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path = "openmoji", *, model: str | None = None, device: str = "cpu", dtype: str = "float32"
-    ) -> Self:
+    def from_pretrained(cls, path: str | Path = "openmoji", *, model: str | None = None, device: str = "cpu", dtype: str = "float32") -> Self:
         """A folder, or "openmoji" for the model that comes with the package. model: "student" or "teacher"; None: the folder's default."""
         folder = PRETRAINED / "openmoji" if str(path) == "openmoji" else Path(path)
         if not folder.is_dir():
@@ -263,9 +261,7 @@ def save_pipeline(
     default = default or next(iter(models))
     folders = [s.folder for s in settings.values()]
     if default not in models or len(set(folders)) != len(folders) or {"vae", "text_encoder", "scheduler"} & set(folders):
-        raise ValueError(
-            f"default must be one of {', '.join(models)} and each model needs a folder of its own, got {default!r} and {folders}"
-        )
+        raise ValueError(f"default must be one of {', '.join(models)} and each model needs a folder of its own, got {default!r} and {folders}")
     for name, model in models.items():
         Pipeline(model, vae, text, settings[name])  # checks that they fit
     index: dict[str, Any] = {"_class_name": "LADDPipeline"}

@@ -214,9 +214,7 @@ def _vae_rename(name: str, levels: int) -> str:
     name = re.sub(r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2.", name)
     name = re.sub(r"^encoder\.down\.(\d+)\.downsample\.conv\.", r"encoder.down_blocks.\1.downsamplers.0.conv.", name)
     name = re.sub(r"^decoder\.up\.(\d+)\.block\.(\d+)\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets.{m[2]}.", name)
-    name = re.sub(
-        r"^decoder\.up\.(\d+)\.upsample\.conv\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0.conv.", name
-    )
+    name = re.sub(r"^decoder\.up\.(\d+)\.upsample\.conv\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0.conv.", name)
     name = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", name)
     name = re.sub(r"\.mid\.attn_1\.(norm|q|k|v|proj_out)\.", lambda m: f".mid_block.attentions.0.{_ATTENTION[m[1]]}.", name)
     return re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)

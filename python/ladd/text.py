@@ -44,9 +44,7 @@ def build_vocabulary(captions: Iterable[str], *, min_count: int = 1) -> list[str
 class WordEncoder:
     """Word vectors E[V,J], place vectors [T,J], and for pooled text a table of its own [V,P]: E itself when P equals J."""
 
-    def __init__(
-        self, vocabulary: Sequence[str], *, max_words: int = 16, context_dim: int = 128, pooled_dim: int = 128, seed: int = 0
-    ) -> None:
+    def __init__(self, vocabulary: Sequence[str], *, max_words: int = 16, context_dim: int = 128, pooled_dim: int = 128, seed: int = 0) -> None:
         for name, value in (("max_words", max_words), ("context_dim", context_dim), ("pooled_dim", pooled_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 16:
                 raise ValueError(f"{name} must be an integer in [1, 65536], got {value!r}")

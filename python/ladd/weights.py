@@ -316,9 +316,7 @@ def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tup
     problems = []
     missing = sorted(n for n in expected if n not in given)
     unexpected = sorted(n for n in given if n not in expected)
-    misshapen = [
-        f"{n} (expected {list(s)}, got {list(given[n])})" for n, s in expected.items() if n in given and tuple(given[n]) != tuple(s)
-    ]
+    misshapen = [f"{n} (expected {list(s)}, got {list(given[n])})" for n, s in expected.items() if n in given and tuple(given[n]) != tuple(s)]
     if strict and missing:
         problems.append(f"{len(missing)} missing: {_some(missing)}")
     if strict and unexpected:
@@ -363,9 +361,7 @@ def _load(
     return config, read_folder(folder, variant=variant)
 
 
-def load_mmdit(
-    path: str | Path, *, config: MMDiTConfig | None = None, variant: str | None = None
-) -> tuple[MMDiTConfig, dict[str, TensorRef]]:
+def load_mmdit(path: str | Path, *, config: MMDiTConfig | None = None, variant: str | None = None) -> tuple[MMDiTConfig, dict[str, TensorRef]]:
     """Configuration and unread tensors (diffusers' names) of a transformer, from a folder or a single file of either layout."""
     from .single_file import mmdit_config, mmdit_from_single
 
