@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PEERS := .venv-peers
 C_FILES := $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
+PY_FILES := setup.py python tests $(wildcard benchmarks/*.py)
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.[ch]' -o -name '*.inc')
 # The build requirements stand in pyproject.toml; they are installed beside the package, so that a rebuild takes seconds.
 REQUIRES = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
@@ -56,16 +57,16 @@ demo: $(VENV)/demo.done  ## distil a fresh student from the shipped teacher and 
 	$(BIN)/ladd demo
 
 lint: $(VENV)/dev.done  ## ruff, mypy, clang-format, warnings of the C compiler
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check $(PY_FILES)
+	$(BIN)/ruff format --check $(PY_FILES)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	rm -rf build/werror
 	CFLAGS=-Werror $(PIP) install --no-build-isolation --no-deps --target build/werror .
 
 format: $(VENV)/dev.done  ## let ruff and clang-format write the files
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
+	$(BIN)/ruff check --fix $(PY_FILES)
+	$(BIN)/ruff format $(PY_FILES)
 	$(BIN)/clang-format -i $(C_FILES)
 
 # The repaired wheel is tried where there is no compiler and no source: PATH holds nothing but the new environment.

@@ -12,10 +12,10 @@
 /* One token stream of a joint attention. Token i of sample b, head j starts at pointer + b*batch + i*row + j*dh. */
 typedef struct ladd_stream {
     const ladd_act *q, *k, *v;
-    ptrdiff_t row, batch;      /* strides of q, k, v (and of dq, dk, dv) */
+    ptrdiff_t row, batch; /* strides of q, k, v (and of dq, dk, dv) */
     ladd_act *o;
-    ptrdiff_t o_row, o_batch;  /* strides of o (and of d_o) */
-    int n;                     /* tokens; 0: absent */
+    ptrdiff_t o_row, o_batch; /* strides of o (and of d_o) */
+    int n;                    /* tokens; 0: absent */
 } ladd_stream;
 typedef struct ladd_stream_grad {
     ladd_act *dq, *dk, *dv;
@@ -24,7 +24,7 @@ typedef struct ladd_stream_grad {
 
 typedef struct ladd_conv {
     int B, Cin, H, W, Cout, kh, kw, stride, pad_top, pad_left, pad_bottom, pad_right;
-    int Ho, Wo; /* (H + pad_top + pad_bottom - kh)/stride + 1, likewise */
+    int Ho, Wo;   /* (H + pad_top + pad_bottom - kh)/stride + 1, likewise */
     int upsample; /* 1: x is enlarged by two (nearest neighbour) before a 3x3 kernel of stride 1 and padding 1; Ho = 2H, Wo = 2W */
 } ladd_conv;
 

@@ -29,9 +29,9 @@ ladd_status ladd_fail(ladd_status code, const char *format, ...)
 #endif
     ;
 const char *ladd_last_error(void);
-#define LADD_TRY(call)                        \
-    do {                                      \
-        ladd_status status_ = (call);         \
+#define LADD_TRY(call)                          \
+    do {                                        \
+        ladd_status status_ = (call);           \
         if (status_ != LADD_OK) return status_; \
     } while (0)
 
@@ -45,8 +45,8 @@ typedef struct ladd_backend ladd_backend; /* the table of kernels, backend.h */
 
 typedef struct ladd_context {
     const ladd_backend *backend;
-    size_t act_size;                     /* bytes of one ladd_act on this backend */
-    int (*interrupted)(void *argument);  /* asked between layers; nonzero stops with LADD_ERR_INTERRUPTED; may be NULL */
+    size_t act_size;                    /* bytes of one ladd_act on this backend */
+    int (*interrupted)(void *argument); /* asked between layers; nonzero stops with LADD_ERR_INTERRUPTED; may be NULL */
     void *interrupt_argument;
 } ladd_context;
 
@@ -71,7 +71,7 @@ typedef struct ladd_arena {
     size_t used, capacity; /* bytes */
 } ladd_arena;
 
-void *ladd_arena_take(ladd_arena *arena, size_t bytes);        /* 64-byte aligned; NULL while counting */
+void *ladd_arena_take(ladd_arena *arena, size_t bytes);                     /* 64-byte aligned; NULL while counting */
 ladd_status ladd_arena_reserve(const ladd_context *ctx, ladd_arena *arena); /* gets `used` bytes, resets `used` to 0 */
 void ladd_arena_release(const ladd_context *ctx, ladd_arena *arena);        /* the block is kept for the next reserve of its size */
 void ladd_empty_cache(void);                                                /* gives kept blocks back to the system */
@@ -103,8 +103,8 @@ typedef struct ladd_params {
 
 /* Build: add every entry (trainable ones first), then allocate. add returns the entry's offset, or -1 (error recorded). */
 int64_t ladd_params_add(ladd_params *p, int trainable, const char *name, int ndim, const int64_t *shape);
-ladd_status ladd_params_allocate(ladd_params *p);      /* zero-filled, 64-byte aligned */
-ladd_status ladd_params_need_grad(ladd_params *p);     /* zero-filled on first call */
+ladd_status ladd_params_allocate(ladd_params *p);                           /* zero-filled, 64-byte aligned */
+ladd_status ladd_params_need_grad(ladd_params *p);                          /* zero-filled on first call */
 const ladd_param *ladd_params_find(const ladd_params *p, const char *name); /* NULL if absent */
 void ladd_params_free(ladd_params *p);
 
@@ -121,7 +121,7 @@ typedef struct ladd_rng_key {
 typedef struct ladd_mmdit_config { /* fields and defaults of diffusers' transformer/config.json */
     int sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads, attention_head_dim;
     int joint_attention_dim, caption_projection_dim, pooled_projection_dim, pos_embed_max_size;
-    int qk_rms_norm;                 /* 0: none, 1: "rms_norm" */
+    int qk_rms_norm;                     /* 0: none, 1: "rms_norm" */
     unsigned char dual[LADD_MAX_LAYERS]; /* 1: block has the second, image-only attention */
 } ladd_mmdit_config;
 
@@ -129,11 +129,11 @@ typedef struct ladd_mmdit ladd_mmdit;
 typedef struct ladd_mmdit_saved ladd_mmdit_saved; /* what one forward keeps for its backward */
 
 typedef struct ladd_mmdit_call {
-    int batch, height, width, text_tokens;  /* B, H, W (latent pixels), T */
-    const unsigned char *skip;              /* [num_layers] 1: block is bypassed; or NULL */
-    int n_taps;                             /* 0: velocity. Else features after these blocks, ascending; stops at the deepest */
+    int batch, height, width, text_tokens; /* B, H, W (latent pixels), T */
+    const unsigned char *skip;             /* [num_layers] 1: block is bypassed; or NULL */
+    int n_taps;                            /* 0: velocity. Else features after these blocks, ascending; stops at the deepest */
     const int *taps;
-    int keep;                               /* 1: backward will follow */
+    int keep; /* 1: backward will follow */
 } ladd_mmdit_call;
 
 ladd_status ladd_mmdit_create(ladd_mmdit **model, const ladd_mmdit_config *config); /* weights zero but the position table, which is computed */
@@ -144,10 +144,9 @@ const ladd_mmdit_config *ladd_mmdit_get_config(const ladd_mmdit *model);
 ladd_status ladd_mmdit_init(ladd_mmdit *model, uint64_t seed);
 ladd_status ladd_mmdit_plan(const ladd_context *ctx, size_t *bytes, const ladd_mmdit *model, const ladd_mmdit_call *call);
 /* velocity[B, out_channels, h*p, w*p] when n_taps == 0, else features[n_taps][B,N,D]. *saved is set when call->keep; free it with saved_free. */
-ladd_status ladd_mmdit_forward(const ladd_context *ctx, ladd_act *velocity, ladd_act *const *features, ladd_mmdit_saved **saved,
-                               ladd_mmdit *model, const ladd_mmdit_call *call, const ladd_act *latents /* [B,C,H,W] */,
-                               const float *sigma /* [B] in [0,1], host */, const ladd_act *context /* [B,T,J] */,
-                               const ladd_act *pooled /* [B,P] */);
+ladd_status ladd_mmdit_forward(const ladd_context *ctx, ladd_act *velocity, ladd_act *const *features, ladd_mmdit_saved **saved, ladd_mmdit *model,
+                               const ladd_mmdit_call *call, const ladd_act *latents /* [B,C,H,W] */, const float *sigma /* [B] in [0,1], host */,
+                               const ladd_act *context /* [B,T,J] */, const ladd_act *pooled /* [B,P] */);
 /* One of dvelocity / dfeatures (as forward). dlatents, dcontext, dpooled may each be NULL. params != 0 adds to the parameter gradients. May be called
  * once a forward: it reuses the saved memory. */
 ladd_status ladd_mmdit_backward(const ladd_context *ctx, ladd_act *dlatents, ladd_act *dcontext, ladd_act *dpooled, ladd_mmdit_saved *saved,
@@ -185,10 +184,10 @@ void ladd_vae_saved_free(const ladd_context *ctx, ladd_vae_saved *saved);
 typedef enum { LADD_HEAD_NORM_NONE = 0, LADD_HEAD_NORM_GROUP = 1 } ladd_head_norm;
 typedef struct ladd_disc_config {
     int feature_dim, n_taps, taps[LADD_MAX_LAYERS], pooled_dim; /* D; block indices; P (0: no pooled condition) */
-    int width, kernel_size, norm, num_groups;  /* width of the head after the 1x1 projection; odd kernel of the residual block */
-    int spectral_norm;                         /* 1: every weight that features pass is divided by its largest singular value */
-    int condition_sigma, condition_pooled;     /* projection discriminator on embed(t_hat) and pooled text */
-    int condition_dim;                         /* width of the projection space */
+    int width, kernel_size, norm, num_groups;                   /* width of the head after the 1x1 projection; odd kernel of the residual block */
+    int spectral_norm;                                          /* 1: every weight that features pass is divided by its largest singular value */
+    int condition_sigma, condition_pooled;                      /* projection discriminator on embed(t_hat) and pooled text */
+    int condition_dim;                                          /* width of the projection space */
 } ladd_disc_config;
 
 typedef struct ladd_disc ladd_disc;
@@ -204,7 +203,8 @@ ladd_status ladd_disc_forward(const ladd_context *ctx, ladd_act *const *logits, 
                               const ladd_act *const *features, const float *sigma /* [B] t_hat, host */, const ladd_act *pooled /* [B,P] or NULL */,
                               int batch, int grid_h, int grid_w, int update_u);
 /* dfeatures[i] may be NULL. params != 0 adds to the parameter gradients. Unlike the others may be called more than once a forward. */
-ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatures, ladd_disc_saved *saved, const ladd_act *const *dlogits, int params);
+ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatures, ladd_disc_saved *saved, const ladd_act *const *dlogits,
+                               int params);
 void ladd_disc_saved_free(const ladd_context *ctx, ladd_disc_saved *saved);
 
 #endif
