@@ -76,7 +76,7 @@ wheel: $(VENV)/dev.done  ## build and repair a wheel into dist/, and try it in a
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair -w dist build/wheel/ladd-*.whl
 	$(PYTHON) -m venv build/try
 	build/try/bin/python -m pip --disable-pip-version-check -q install --only-binary :all: pytest dist/ladd-*.whl
-	cd build/try && PATH="$(CURDIR)/build/try/bin" CC=none bin/python -m pytest -q -p no:cacheprovider ../../tests/test_binding.py ../../tests/test_kernels_bad_input.py
+	cd build/try && PATH="$(CURDIR)/build/try/bin" CC=none bin/python -m pytest -q -p no:cacheprovider ../../tests/test_binding.py ../../tests/test_binding_threads.py ../../tests/test_kernels_bad_input.py
 	@ls -l dist
 
 sanitize: $(VENV)/test.done  ## the C tests, then the binding's, under the address and undefined-behaviour sanitizers
@@ -86,7 +86,7 @@ sanitize: $(VENV)/test.done  ## the C tests, then the binding's, under the addre
 	    $(PIP) install --no-build-isolation --no-deps --target build/sanitize .
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/python -m pytest -p no:cacheprovider tests/test_binding.py tests/test_kernels_bad_input.py -k "not leaks"
+	    $(BIN)/python -m pytest -p no:cacheprovider tests/test_binding.py tests/test_binding_threads.py tests/test_kernels_bad_input.py -k "not leaks"
 
 clean:  ## remove what was built, not the environments
 	rm -rf build dist out python/*.egg-info python/ladd/*.so
