@@ -28,8 +28,8 @@ ladd_status ladd_check_interrupt(const ladd_context *ctx) {
 
 /* ---- arena ----------------------------------------------------------------------------------------------------------- */
 
-/* Blocks given back are kept for the next forward of about the same size: a fresh block of hundreds of megabytes costs its page faults, a tenth of a
- * training step at demo size. At most KEPT blocks and never one more than twice too large for the request. */
+/* Blocks given back are kept for the next forward of about the same size, which then does not pay the page faults of hundreds of fresh megabytes.
+ * At most KEPT blocks and never one more than twice too large for the request. */
 enum { KEPT = 16 };
 static pthread_mutex_t arena_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {

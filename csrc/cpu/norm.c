@@ -254,7 +254,7 @@ ladd_status LADD_CPU(rms_norm_heads_backward)(LADD_CTX, ladd_act *dx, float *dw,
     rms_job job = {
         .y = dx, .x = x, .dy = dy, .rstd = rstd, .w = w, .rows = rows, .heads = heads, .dh = dh, .x_row = x_row, .y_row = dx_row, .dy_row = dy_row};
     if (dw) {
-        job.dw_parts = ladd_scratch(0, (size_t)chunks * (size_t)dh * sizeof(float));
+        job.dw_parts = ladd_scratch(3, (size_t)chunks * (size_t)dh * sizeof(float));
         if (!job.dw_parts) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the partial sums of an RMS norm's gradient");
     }
     ladd_parallel_work(chunks, (int64_t)rows * heads * dh, rms_backward_task, &job);

@@ -6,6 +6,7 @@ P pooled width.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ C = TypeVar("C", MMDiTConfig, AutoencoderKLConfig, DiscriminatorConfig)
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the posterior's log variance is cut to this range
 
 
-class _Model(Generic[C]):
+class _Model(abc.ABC, Generic[C]):
     """What all models share: one flat buffer of weights, one of gradients, and names for their parts."""
 
     config: C
@@ -48,8 +49,8 @@ class _Model(Generic[C]):
         if seed is not None:  # None: the weights are about to be loaded
             self._core.init(seed)
 
-    def _make_core(self, config: C) -> native.Model:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _make_core(self, config: C) -> native.Model: ...
 
     def __repr__(self) -> str:
         return f"<ladd.{type(self).__name__}, {self.num_parameters:,} parameters, {self.dtype} on {self.device}>"
