@@ -33,7 +33,7 @@ def test_names_are_plain_words_that_the_text_encoder_keeps() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("woman surfing medium dark skin tone", ("1F3C4", "woman", "medium dark", "")),
+        ("woman surfing medium-dark skin tone", ("1F3C4", "woman", "medium-dark", "")),
         ("person surfing", ("1F3C4", "", "", "")),
         ("man dark skin tone red hair", ("1F9D1-1F9B0", "man", "dark", "red hair")),
         ("man student light skin tone", ("1F9D1-1F393", "man", "light", "")),

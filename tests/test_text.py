@@ -20,7 +20,7 @@ def encoder(pooled_dim: int = 6, **options: Any) -> WordEncoder:
 
 
 def test_words() -> None:
-    assert text.words("Woman Surfing: medium-dark skin_tone!") == ["woman", "surfing", "medium", "dark", "skin", "tone"]
+    assert text.words("Woman Surfing: medium-dark skin_tone!") == ["woman", "surfing", "medium-dark", "skin", "tone"]
     assert text.words("keycap: # 10 * \u00c9 \ufb01n") == ["keycap", "#", "10", "*", "é", "fin"]
     assert text.words(" ... ") == []
     assert text.build_vocabulary(["red apple", "Apple", "a cat"], min_count=2) == ["apple"]
@@ -33,6 +33,12 @@ def test_ids() -> None:
     assert ids.tolist() == [[8, 3, 0, 0], [2, 0, 0, 0], [8, 1, 0, 0], [4, 6, 8, 3]]
     with pytest.raises(TypeError, match="got one string"):
         encoder().ids("red apple")
+
+
+def test_a_compound_is_one_word_where_training_had_it_as_one() -> None:
+    e = WordEncoder(["dark", "medium", "medium-dark"], max_words=4)
+    assert e.ids(["medium-dark", "medium dark", "dark-medium"]).tolist() == [[5, 0, 0, 0], [4, 3, 0, 0], [3, 4, 0, 0]]
+    assert e.unknown_words("dark-eyed cat") == ["eyed", "cat"]
 
 
 @pytest.mark.parametrize("pooled_dim", [6, 5])

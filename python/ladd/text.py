@@ -25,11 +25,11 @@ from .weights import check_names, finite_weights, model_folder, read_folder, sav
 PADDING, UNKNOWN, EMPTY = 0, 1, 2
 SPECIAL = ("<padding>", "<unknown>", "<empty>")
 _STEM = "model"
-_WORD = re.compile(r"[^\W_]+|[#*&+]")
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|[#*&+]")
 
 
 def words(text: str) -> list[str]:
-    """The words of a caption: runs of letters and digits in lower case, and the few signs that are names of pictures."""
+    """The words of a caption: runs of letters and digits in lower case, joined by hyphens or not, and the few signs that name pictures."""
     if not isinstance(text, str):
         raise TypeError(f"a prompt must be a string, got {type(text).__name__}")
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -81,19 +81,23 @@ class WordEncoder:
 
     # ---- text to arrays ----
 
+    def _words(self, prompt: str) -> list[str]:
+        """The words of a prompt as training saw them: "medium-dark" stays one word if it was one there, "heart-eyes" else becomes two."""
+        return [part for word in words(prompt) for part in ([word] if word in self._ids else word.split("-"))]
+
     def ids(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """Ids [B,T] of prompts, padded with 0; words beyond T are cut."""
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
         ids = np.zeros((len(prompts), self.max_words), dtype=np.int64)
         for row, prompt in zip(ids, prompts):
-            found = [self._ids.get(word, UNKNOWN) for word in words(prompt)][: self.max_words] or [EMPTY]
+            found = [self._ids.get(word, UNKNOWN) for word in self._words(prompt)][: self.max_words] or [EMPTY]
             row[: len(found)] = found
         return ids
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that no training caption had, each once."""
-        return list(dict.fromkeys(word for word in words(prompt) if word not in self._ids))
+        return list(dict.fromkeys(word for word in self._words(prompt) if word not in self._ids))
 
     def encode(self, prompts: Sequence[str]) -> tuple[Array, Array]:
         """(context [B,T,J], pooled [B,P]). Unknown words and words beyond the last place are reported as a UserWarning."""
@@ -101,7 +105,7 @@ class WordEncoder:
         unknown = list(dict.fromkeys(word for prompt in prompts for word in self.unknown_words(prompt)))
         if unknown:
             warnings.warn(f"words that the model has not learned: {', '.join(unknown)}", UserWarning, stacklevel=2)
-        longest = max((len(words(prompt)) for prompt in prompts), default=0)
+        longest = max((len(self._words(prompt)) for prompt in prompts), default=0)
         if longest > self.max_words:
             warnings.warn(f"a prompt has {longest} words, only the first {self.max_words} are used", UserWarning, stacklevel=2)
         return self.encode_ids(ids)

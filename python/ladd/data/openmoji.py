@@ -58,7 +58,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 BACKGROUNDS: tuple[str, ...] = ("white", *PALETTE)
 _BACKGROUND_RGB = np.array([(255, 255, 255), *PALETTE.values()], np.float32)
 
-_TONES = {0x1F3FB: "light", 0x1F3FC: "medium light", 0x1F3FD: "medium", 0x1F3FE: "medium dark", 0x1F3FF: "dark"}
+_TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
 _HAIR = {0x1F9B0: "red hair", 0x1F9B1: "curly hair", 0x1F9B3: "white hair", 0x1F9B2: "bald"}
 _PERSONS = {0x1F468: "man", 0x1F469: "woman", 0x1F9D1: "person"}
 _SIGNS = {0x2642: "man", 0x2640: "woman"}
@@ -83,10 +83,10 @@ class Record:
 
 
 def words(name: str) -> list[str]:
-    """Lower-case words of a name: accents and punctuation dropped, hyphens separate ("medium-dark" -> medium dark)."""
+    """Lower-case words of a name: accents and punctuation dropped, hyphens separate. But a tone is one word: "medium dark" are two people's."""
     plain = unicodedata.normalize("NFKD", name.lower().replace("#", " hash ").replace("*", " asterisk ").replace("&", " and "))
     plain = "".join(c for c in plain if not unicodedata.combining(c))
-    return re.findall(r"[a-z0-9]+", plain.replace("\u2019", ""))
+    return re.findall(r"medium-(?:light|dark)|[a-z0-9]+", plain.replace("\u2019", ""))
 
 
 def _name(points: Sequence[int], english: str) -> str:

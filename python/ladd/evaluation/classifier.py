@@ -90,8 +90,8 @@ class Targets:
 
 
 def content_words(name: str) -> list[str]:
-    """The words of a record's name that say what is to be seen, each once, in order."""
-    return list(dict.fromkeys(word for word in name.split() if word not in STOP_WORDS))
+    """The words of a record's name that say what is to be seen, each once, in order; a compound ("medium-dark") counts as its parts."""
+    return list(dict.fromkeys(word for word in name.replace("-", " ").split() if word not in STOP_WORDS))
 
 
 class FeatureNetwork:
