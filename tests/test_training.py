@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import ladd
+from ladd import _core, _purposes
 from ladd.config import AdamWConfig, LADDConfig
 from ladd.data import shards
 from ladd.training import autoencoder, common, generate, teacher
@@ -64,7 +65,7 @@ def trainer(**settings: Any) -> distillation.LADD:
 ALL_TERMS = {"r1_weight": 1e-4, "misaligned_weight": 0.5, "distillation_weight": 0.2, "d_steps": 2}
 
 
-@pytest.mark.parametrize("settings", [{}, ALL_TERMS, {"micro_batch": 4, "loss": "lsgan"}, {"pair_weight": 0.5}], ids=str)
+@pytest.mark.parametrize("settings", [{}, ALL_TERMS, {"micro_batch": 4, "loss": "lsgan"}, {"pair_weight": 0.5, "pair_times": "all"}], ids=str)
 def test_resumed_ladd_equals_uninterrupted(tmp_path: Path, settings: dict[str, Any]) -> None:
     noise = np.random.default_rng(9).standard_normal((6, 4, 8, 8)).astype(np.float32) if "pair_weight" in settings else None
     whole, first, second = trainer(**settings), trainer(**settings), trainer(**settings)
@@ -188,6 +189,26 @@ def test_bad_input_changes_nothing() -> None:
         trainer(pair_weight=1.0).step(z, context, pooled)
     with pytest.raises(ValueError, match="at least two pictures"):
         trainer(misaligned_weight=1.0).step(*data(1))
+
+
+@pytest.mark.parametrize("times", ["start", "all"])
+def test_pairs_start_from_the_noise_of_their_picture(times: str) -> None:
+    z, context, pooled = data(8)
+    noise = np.random.default_rng(5).standard_normal(z.shape).astype(np.float32)
+    t = trainer(pair_weight=2.0, pair_times=times, student_times=(1.0, 0.5), student_probabilities=(0.5, 0.5))
+    batch = t._batch(z, context, pooled, noise)
+    part = t._parts(batch, t._next_draws(8))[0]
+    t.passes = 0
+    drawn = part.draws.t
+    assert set(drawn.tolist()) == {1.0, 0.5}
+    own = _core.renoise(z, drawn, 0, _purposes.STUDENT_NOISE, 0)
+    line = (1 - drawn[:, None, None, None]) * z + drawn[:, None, None, None] * noise
+    paired = (drawn == 1) | (times == "all")
+    x_t = np.where(paired[:, None, None, None], line, own).astype(np.float32)
+    x0 = x_t - drawn[:, None, None, None] * t.student(x_t, drawn, context, pooled)
+    difference = (x0 - z)[paired]
+    expected = float(np.square(difference, dtype=np.float64).sum() / z.size)
+    assert t.step(z, context, pooled, noise=noise)["loss_pair"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_not_finite_gradients_are_named_and_not_applied() -> None:

@@ -396,7 +396,8 @@ class LADDConfig:
     r1_epsilon: float = 1e-4  # step of its finite difference, relative to the size of the features
     misaligned_weight: float = 0.0  # real pictures with another picture's text, judged as fakes
     distillation_weight: float = 0.0  # distance of the student's x0 to the teacher's x0 from the renoised student
-    pair_weight: float = 0.0  # distance of the student's x0 from full noise to what the teacher made of the same noise
+    pair_weight: float = 0.0  # distance of the student's x0 to what the teacher made of the same noise
+    pair_times: str = "start"  # "start": from full noise only; "all": every x_t is on the line between the teacher's picture and its noise
     micro_batch: int = 0  # pictures that pass through the models at once; 0: the whole batch
 
     def __post_init__(self) -> None:
@@ -420,6 +421,7 @@ class LADDConfig:
         _float(self, "misaligned_weight", 0.0)
         _float(self, "distillation_weight", 0.0)
         _float(self, "pair_weight", 0.0)
+        _choice(self, "pair_times", ("start", "all"))
         _int(self, "micro_batch", 0)
 
 

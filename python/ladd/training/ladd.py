@@ -199,11 +199,20 @@ class LADD:
 
     def _student_pass(self, part: Part, keep: bool = True) -> StudentPass:
         t = part.draws.t
-        x_t = _core.renoise(part.latents, t, self.config.seed, _purposes.STUDENT_NOISE, part.draws.key, part.samples)
-        if self.config.pair_weight and part.noise is not None:
-            x_t[t == 1] = part.noise[t == 1]
+        paired = self._paired(t)
+        if part.noise is not None and paired.all():
+            x_t = _core.interpolate(part.latents, part.noise, t)
+        else:
+            x_t = _core.renoise(part.latents, t, self.config.seed, _purposes.STUDENT_NOISE, part.draws.key, part.samples)
+            if part.noise is not None:
+                x_t[paired] = part.noise[paired]
         v, saved = self.student._core.forward(x_t, t, part.context, part.pooled, keep=keep)
         return StudentPass(_core.predict_x0(x_t, v, t), saved)
+
+    def _paired(self, t: Array) -> NDArray[np.bool_]:
+        """Which rows [B] start from the noise that the teacher's picture came from: those that pair_weight compares with this picture."""
+        c = self.config
+        return np.full(len(t), c.pair_weight > 0 and c.pair_times == "all") | ((t == 1) & (c.pair_weight > 0))
 
     def _features(self, noised: Array, t_hat: Array, part: Part, keep: bool) -> tuple[list[Array], Any]:
         taps = self.discriminator.config.taps
@@ -326,11 +335,15 @@ class LADD:
         return {"loss_distillation": float(np.mean(scaled * difference, dtype=np.float64))}
 
     def _pairs(self, part: Part, x0: Array, dx0: Array) -> Metrics:
-        """From full noise: squared distance to the very picture that the teacher made of this noise."""
+        """Squared distance to the very picture that the teacher made of this noise.
+
+        With pair_times "all" the student's paths are straight lines from noise to picture, as reflow has them (Rectified Flow,
+        arXiv 2209.03003), which Euler steps follow; with "start" its other times see noise of their own, as re-noising steps make it.
+        """
         weight = self.config.pair_weight
         if not weight:
             return {}
-        difference = np.where((part.draws.t == 1)[:, None, None, None], x0 - part.latents, np.float32(0))
+        difference = np.where(self._paired(part.draws.t)[:, None, None, None], x0 - part.latents, np.float32(0))
         dx0 += difference * np.float32(2 * weight * part.share / x0.size)
         return {"loss_pair": float(np.mean(np.square(difference, dtype=np.float64)))}
 
@@ -399,7 +412,7 @@ def _logit_metrics(real: list[Array], fake: list[Array]) -> Metrics:
 
 @dataclass(frozen=True)
 class LADDRun:
-    """[run]: how long, how much at once."""
+    """[run]: how long, how much at once, and how the finished student samples."""
 
     steps: int = 2000
     max_minutes: float = 0.0  # 0: no limit; else the steps are planned to fit
@@ -408,6 +421,8 @@ class LADDRun:
     checkpoint_every: int = 200
     sample_every: int = 200
     keep: int = 2
+    sampling_steps: int = 4  # the student's own number of steps
+    sampling_method: str = "renoise"
 
 
 @dataclass(frozen=True)
@@ -492,7 +507,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     if common.sha256(teacher._core.flat) != origin["teacher"]:
         raise RuntimeError("the teacher's weights changed during the run; nothing was saved from it")
     how = {
-        "student": SamplerSettings(folder="student", steps=4, method="renoise"),
+        "student": SamplerSettings(folder="student", steps=settings.sampling_steps, method=settings.sampling_method),
         "teacher": dataclasses.replace(pipe.settings, folder="teacher"),
     }
     save_pipeline(book.out / "pipeline", {"student": trainer.ema_student(), "teacher": teacher}, pipe.vae, pipe.text, how)
