@@ -75,54 +75,14 @@ done:
     return result;
 }
 
-static PyObject *config_dict(const void *model) {
-    const ladd_vae_config *c = ladd_vae_get_config(model);
-    PyObject *widths = PyTuple_New(c->levels);
-    for (int i = 0; widths && i < c->levels; i++) {
-        PyObject *width = PyLong_FromLong(c->block_out_channels[i]);
-        if (width)
-            PyTuple_SET_ITEM(widths, i, width);
-        else
-            Py_CLEAR(widths);
-    }
+static PyObject *config_dict(const ladd_vae_config *c) {
+    PyObject *widths = core_int_tuple(c->block_out_channels, c->levels);
     if (!widths) return NULL;
     return Py_BuildValue("{si si si sN si si sO sO sO}", "in_channels", c->in_channels, "out_channels", c->out_channels, "latent_channels",
                          c->latent_channels, "block_out_channels", widths, "layers_per_block", c->layers_per_block, "norm_num_groups",
                          c->norm_num_groups, "use_quant_conv", c->use_quant_conv ? Py_True : Py_False, "use_post_quant_conv",
                          c->use_post_quant_conv ? Py_True : Py_False, "mid_block_add_attention", c->mid_block_add_attention ? Py_True : Py_False);
 }
-
-/* ---- life ------------------------------------------------------------------------------------------------------------ */
-
-static ladd_status init_weights(void *model, uint64_t seed) { return ladd_vae_init(model, seed); }
-static void free_model(void *model) { ladd_vae_free(model); }
-static void free_saved(const ladd_context *ctx, void *saved) { ladd_vae_saved_free(ctx, saved); }
-
-static PyObject *vae_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"config", NULL};
-    PyObject *mapping;
-    ladd_vae_config config;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:AutoencoderKL", names, &mapping) || read_config(&config, mapping) < 0) return NULL;
-    core_model *self = core_model_new(type);
-    if (!self) return NULL;
-    self->init = init_weights;
-    self->config = config_dict;
-    ladd_vae *model = NULL;
-    ladd_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = ladd_vae_create(&model, &config);
-    Py_END_ALLOW_THREADS;
-    if (status != LADD_OK) {
-        core_raise(status);
-        Py_DECREF(self);
-        return NULL;
-    }
-    self->model = model;
-    self->params = ladd_vae_params(model);
-    return (PyObject *)self;
-}
-
-static void vae_dealloc(PyObject *object) { core_model_dealloc((core_model *)object, free_model); }
 
 /* ---- forward, either direction --------------------------------------------------------------------------------------- */
 
@@ -136,7 +96,7 @@ static PyObject *run(core_model *self, PyObject *input, PyObject *keep_flag, int
     ladd_vae_saved *kept = NULL;
     PyObject *output = NULL, *result = NULL;
 
-    if (keep_flag && core_bool(keep_flag, "keep", &keep) < 0) return NULL;
+    if (core_bool(keep_flag, "keep", &keep) < 0) return NULL;
     DIM(&dims, 'C') = encode ? config->in_channels : config->latent_channels;
     if (!core_input(input, encode ? "images" : "z", "BCHW", &dims)) return NULL;
     if (encode && (DIM(&dims, 'H') % f || DIM(&dims, 'W') % f)) {
@@ -153,20 +113,13 @@ static PyObject *run(core_model *self, PyObject *input, PyObject *keep_flag, int
     DIM(&dims, 'Y') = encode ? DIM(&dims, 'H') / f : DIM(&dims, 'H') * f;
     DIM(&dims, 'X') = encode ? DIM(&dims, 'W') / f : DIM(&dims, 'W') * f;
     if (!(output = core_new("BKYX", &dims, 0))) goto done;
-    if (keep) {
-        saved = core_saved_new(core_state_of(Py_TYPE(self))->vae_saved_type, self, free_saved);
-        if (!saved) goto done;
-        saved->dims = dims;
-    }
+    if (keep && !(saved = core_saved_new(self, &dims, 0))) goto done;
     if (core_begin(&call, self->lock) < 0) goto done;
     ladd_status (*direction)(const ladd_context *, ladd_act *, ladd_vae_saved **, ladd_vae *, const ladd_act *, int, int, int) =
         encode ? ladd_vae_encode : ladd_vae_decode;
     ladd_status status = direction(&call.ctx, core_data(output), keep ? &kept : NULL, self->model, core_data(input), IDIM(&dims, 'B'),
                                    IDIM(&dims, 'H'), IDIM(&dims, 'W'));
-    int failed = core_end(&call, status);
-    if (saved) saved->saved = kept;
-    if (failed < 0) goto done;
-    result = PyTuple_Pack(2, output, saved ? (PyObject *)saved : Py_None);
+    result = core_forward_end(&call, status, output, saved, kept);
 done:
     Py_XDECREF(output);
     Py_XDECREF(saved);
@@ -192,54 +145,33 @@ static PyObject *vae_decode(PyObject *self, PyObject *args, PyObject *kwargs) {
 static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"dout", "params", "input", NULL};
     core_saved *self = (core_saved *)object;
-    core_model *owner = self->owner;
     PyObject *dout, *params_flag = NULL, *input_flag = NULL;
     int params = 1, input = 1;
     core_call call;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:backward", names, &dout, &params_flag, &input_flag)) return NULL;
-    if (params_flag && core_bool(params_flag, "params", &params) < 0) return NULL;
-    if (input_flag && core_bool(input_flag, "input", &input) < 0) return NULL;
+    if (core_bool(params_flag, "params", &params) < 0) return NULL;
+    if (core_bool(input_flag, "input", &input) < 0) return NULL;
     if (!core_input(dout, "dout", "BKYX", &self->dims)) return NULL;
     PyObject *dinput = input ? core_new("BCHW", &self->dims, 0) : Py_NewRef(Py_None);
     if (!dinput) return NULL;
-    /* From here on the saved memory is ours alone: another thread's call finds it used up. */
-    ladd_vae_saved *saved = self->saved;
+    ladd_status status;
+    ladd_vae_saved *saved = core_backward_begin(&call, self, 1, params, &status);
     if (!saved) {
-        PyErr_SetString(PyExc_RuntimeError, "backward: expected the first call for this forward, got a second one; its memory was reused");
-        goto failed;
+        Py_DECREF(dinput);
+        return NULL;
     }
-    self->saved = NULL;
-    if (core_begin(&call, owner->lock) < 0) goto failed;
-    ladd_status status = params ? ladd_params_need_grad(owner->params) : LADD_OK;
     if (status == LADD_OK) status = ladd_vae_backward(&call.ctx, input ? core_data(dinput) : NULL, saved, core_data(dout), params);
     ladd_vae_saved_free(&call.ctx, saved);
-    if (core_end(&call, status) == 0) return dinput;
-failed:
-    Py_DECREF(dinput);
-    return NULL;
+    if (core_end(&call, status) < 0) Py_CLEAR(dinput);
+    return dinput;
 }
 
 /* ---- types ----------------------------------------------------------------------------------------------------------- */
 
-static PyMethodDef vae_methods[] = {
+static PyMethodDef model_methods[] = {
     CORE_METHOD("encode", vae_encode, "encode(images, keep=False) -> (moments, saved or None)"),
     CORE_METHOD("decode", vae_decode, "decode(z, keep=False) -> (images, saved or None)"),
     {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot vae_slots[] = {
-    {Py_tp_doc, "AutoencoderKL(config): images to latents and back. Weights are zero until init() or until they are written."},
-    {Py_tp_new, vae_new},
-    {Py_tp_dealloc, vae_dealloc},
-    {Py_tp_methods, vae_methods},
-    {0, NULL},
-};
-
-static PyType_Spec vae_spec = {
-    .name = "ladd._core.AutoencoderKL",
-    .basicsize = sizeof(core_model),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = vae_slots,
 };
 
 static PyMethodDef saved_methods[] = {
@@ -247,23 +179,8 @@ static PyMethodDef saved_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot saved_slots[] = {
-    {Py_tp_doc, "What one encode or decode kept for its backward. Keeps the model alive."},
-    {Py_tp_dealloc, core_saved_dealloc},
-    {Py_tp_methods, saved_methods},
-    {0, NULL},
-};
+CORE_KIND(kind, vae, CORE_VAE, "AutoencoderKL",
+          "AutoencoderKL(config): images to latents and back. Weights are zero until init() or until they are written.",
+          "What one encode or decode kept for its backward. Keeps the model alive.")
 
-static PyType_Spec saved_spec = {
-    .name = "ladd._core.AutoencoderKLSaved",
-    .basicsize = sizeof(core_saved),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = saved_slots,
-};
-
-int core_add_vae(PyObject *module, core_state *state) {
-    state->vae_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &vae_spec, (PyObject *)state->model_type);
-    state->vae_saved_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &saved_spec, NULL);
-    if (!state->vae_type || !state->vae_saved_type) return -1;
-    return PyModule_AddType(module, state->vae_type) < 0 ? -1 : PyModule_AddType(module, state->vae_saved_type);
-}
+int core_add_vae(PyObject *module, core_state *state) { return core_add_kind(module, state, &kind); }

@@ -19,8 +19,9 @@
 
 /* ---- module ---------------------------------------------------------------------------------------------------------- */
 
+enum { CORE_MMDIT, CORE_VAE, CORE_DISC, CORE_KINDS };
 typedef struct core_state {
-    PyTypeObject *model_type, *mmdit_type, *mmdit_saved_type, *vae_type, *vae_saved_type, *disc_type, *disc_saved_type;
+    PyTypeObject *model_type, *types[CORE_KINDS], *saved_types[CORE_KINDS];
 } core_state;
 
 /* One function a family of kernels: adds its PyMethodDef table to the module. */
@@ -29,7 +30,7 @@ int core_add_norm(PyObject *module);
 int core_add_image(PyObject *module);
 int core_add_diffusion(PyObject *module);
 int core_add_flat(PyObject *module);
-/* One function a model: makes its types and adds them. */
+/* The type that the models share, and one function a model: makes its types and adds them. */
 int core_add_model(PyObject *module, core_state *state);
 int core_add_mmdit(PyObject *module, core_state *state);
 int core_add_vae(PyObject *module, core_state *state);
@@ -83,6 +84,8 @@ PyArrayObject *core_strided(PyObject *object, const char *name, const char *shap
 /* A new float32 array of these sizes (all letters known); new reference. zeroed: filled with 0. */
 PyObject *core_new(const char *shape, const core_dims *dims, int zeroed);
 PyObject *core_new_like(PyArrayObject *array, int zeroed);
+/* A list of `n` such arrays, and where each one's data lies. */
+PyObject *core_new_list(Py_ssize_t n, const char *shape, const core_dims *dims, ladd_act **data);
 /* The result: a new array like core_new when `out` is None or NULL, else `out` checked and with a new reference. */
 PyObject *core_output(PyObject *out, const char *shape, core_dims *dims);
 PyObject *core_output_like(PyObject *out, PyArrayObject *array);
@@ -92,10 +95,14 @@ int core_no_overlap(PyObject *out, PyArrayObject *input, const char *name, int i
 PyArrayObject *core_same_shape(PyObject *object, const char *name, PyArrayObject *like, const char *like_name);
 /* A sequence (list or tuple) of exactly `n` items; NULL and an exception, or a PySequence_Fast (new reference). */
 PyObject *core_sequence(PyObject *object, const char *name, Py_ssize_t n, const char *meaning);
+/* The same, each item checked by core_input and its data put into data[n]; a tuple that keeps them alive (new reference). */
+PyObject *core_input_list(PyObject *object, const char *name, Py_ssize_t n, const char *meaning, const char *shape, core_dims *dims,
+                          const ladd_act **data);
+PyObject *core_int_tuple(const int *values, Py_ssize_t n);
 /* Integers of a sequence into out[room], each in [low, high]; returns their number or -1. */
 Py_ssize_t core_int_list(PyObject *object, const char *name, int *out, Py_ssize_t room, long low, long high);
 int core_int(PyObject *object, const char *name, long low, long high, int *out); /* no bool, no float */
-int core_bool(PyObject *object, const char *name, int *out);                     /* True or False only */
+int core_bool(PyObject *object, const char *name, int *out);                     /* True or False only; NULL (not given) leaves *out */
 int core_uint64(PyObject *object, const char *name, uint64_t *out);
 int core_finite(double value, const char *name);
 int core_in_range(double value, const char *name, double low, double high);
@@ -118,29 +125,86 @@ void core_config_end(core_config *config);
 
 /* ---- models: model.c ------------------------------------------------------------------------------------------------- */
 
-/* The head of the three model objects. They hold no Python reference: config is made from the core's own struct. */
+typedef union core_any_config {
+    ladd_mmdit_config mmdit;
+    ladd_vae_config vae;
+    ladd_disc_config disc;
+} core_any_config;
+
+/* What one model differs in; everything else about its two types is in model.c. CORE_KIND writes the functions on void pointers. */
+typedef struct core_kind {
+    int index; /* in core_state */
+    const char *name, *type_name, *saved_type_name, *doc, *saved_doc;
+    PyMethodDef *methods, *saved_methods;
+    newfunc type_new;
+    int (*read_config)(void *config, PyObject *mapping);
+    PyObject *(*config_dict)(const void *model);
+    ladd_status (*create)(void **model, const void *config);
+    void (*model_free)(void *model);
+    ladd_status (*init)(void *model, uint64_t seed);
+    ladd_params *(*params)(void *model);
+    void (*saved_free)(const ladd_context *ctx, void *saved);
+} core_kind;
+
+/* Defines `kind` from ladd_<prefix>_create and its fellows and from the file's own read_config, config_dict, model_methods and saved_methods. */
+#define CORE_KIND(kind, prefix, index, name, doc, saved_doc)                                                    \
+    static int read_config_(void *config, PyObject *mapping) { return read_config(config, mapping); }           \
+    static PyObject *config_dict_(const void *model) { return config_dict(ladd_##prefix##_get_config(model)); } \
+    static ladd_status create_(void **model, const void *config) {                                              \
+        ladd_##prefix *made = NULL;                                                                             \
+        ladd_status status = ladd_##prefix##_create(&made, config);                                             \
+        *model = made;                                                                                          \
+        return status;                                                                                          \
+    }                                                                                                           \
+    static void free_(void *model) { ladd_##prefix##_free(model); }                                             \
+    static ladd_status init_(void *model, uint64_t seed) { return ladd_##prefix##_init(model, seed); }          \
+    static ladd_params *params_(void *model) { return ladd_##prefix##_params(model); }                          \
+    static void saved_free_(const ladd_context *ctx, void *saved) { ladd_##prefix##_saved_free(ctx, saved); }   \
+    static PyObject *new_(PyTypeObject *type, PyObject *args, PyObject *kwargs);                                \
+    static const core_kind kind = {index,                                                                       \
+                                   name,                                                                        \
+                                   "ladd._core." name,                                                          \
+                                   "ladd._core." name "Saved",                                                  \
+                                   doc,                                                                         \
+                                   saved_doc,                                                                   \
+                                   model_methods,                                                               \
+                                   saved_methods,                                                               \
+                                   new_,                                                                        \
+                                   read_config_,                                                                \
+                                   config_dict_,                                                                \
+                                   create_,                                                                     \
+                                   free_,                                                                       \
+                                   init_,                                                                       \
+                                   params_,                                                                     \
+                                   saved_free_};                                                                \
+    static PyObject *new_(PyTypeObject *type, PyObject *args, PyObject *kwargs) { return core_model_new(type, args, kwargs, &kind); }
+
+/* A model object. It holds no Python reference: config is made from the core's own struct. */
 typedef struct core_model {
-    PyObject_HEAD PyThread_type_lock lock;
+    PyObject_HEAD const core_kind *kind;
+    PyThread_type_lock lock;
     void *model; /* ladd_mmdit, ladd_vae or ladd_disc */
     ladd_params *params;
-    ladd_status (*init)(void *model, uint64_t seed);
-    PyObject *(*config)(const void *model);
 } core_model;
 
-core_model *core_model_new(PyTypeObject *type); /* with a lock */
-void core_model_dealloc(core_model *self, void (*model_free)(void *));
+PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, const core_kind *kind);
 
-/* What a forward kept. One struct and one dealloc for the three models. */
+/* What a forward kept. */
 typedef struct core_saved {
     PyObject_HEAD core_model *owner;
-    void *saved; /* NULL: used up */
-    void (*saved_free)(const ladd_context *ctx, void *saved);
+    void *saved;    /* NULL: used up */
     core_dims dims; /* of the forward, to check cotangents */
     int n_outputs;  /* 0: one array, else a list of as many */
 } core_saved;
 
-core_saved *core_saved_new(PyTypeObject *type, core_model *owner, void (*saved_free)(const ladd_context *, void *));
-void core_saved_release(core_saved *self); /* gives the memory back now */
-void core_saved_dealloc(PyObject *self);
+core_saved *core_saved_new(core_model *owner, const core_dims *dims, int n_outputs); /* saved is NULL until core_forward_end */
+/* Ends the call of a forward: (output, saved or None), or NULL with the exception. `kept` goes to `saved` in either case. */
+PyObject *core_forward_end(core_call *call, ladd_status status, PyObject *output, core_saved *saved, void *kept);
+/* core_begin for a backward: what was kept, or NULL and an exception. once: it is the caller's own from now on, to be freed, and any further call is
+ * refused. params: parameter gradients are made; *status is what that came to. */
+void *core_backward_begin(core_call *call, core_saved *self, int once, int params, ladd_status *status);
+
+/* Makes the model's type and the type of what its forward keeps, and adds them to the module. */
+int core_add_kind(PyObject *module, core_state *state, const core_kind *kind);
 
 #endif

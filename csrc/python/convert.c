@@ -201,6 +201,44 @@ PyObject *core_sequence(PyObject *object, const char *name, Py_ssize_t n, const 
     return items;
 }
 
+PyObject *core_input_list(PyObject *object, const char *name, Py_ssize_t n, const char *meaning, const char *shape, core_dims *dims,
+                          const ladd_act **data) {
+    PyObject *items = core_sequence(object, name, n, meaning);
+    for (Py_ssize_t i = 0; items && i < n; i++) {
+        PyArrayObject *array = core_input(PyTuple_GET_ITEM(items, i), name, shape, dims);
+        if (array)
+            data[i] = core_data(array);
+        else
+            Py_CLEAR(items);
+    }
+    return items;
+}
+
+PyObject *core_new_list(Py_ssize_t n, const char *shape, const core_dims *dims, ladd_act **data) {
+    PyObject *list = PyList_New(n);
+    for (Py_ssize_t i = 0; list && i < n; i++) {
+        PyObject *array = core_new(shape, dims, 0);
+        if (array) {
+            PyList_SET_ITEM(list, i, array);
+            data[i] = core_data(array);
+        } else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+PyObject *core_int_tuple(const int *values, Py_ssize_t n) {
+    PyObject *tuple = PyTuple_New(n);
+    for (Py_ssize_t i = 0; tuple && i < n; i++) {
+        PyObject *value = PyLong_FromLong(values[i]);
+        if (value)
+            PyTuple_SET_ITEM(tuple, i, value);
+        else
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
 int core_int(PyObject *object, const char *name, long low, long high, int *out) {
     /* NumPy's integers count as integers; True and 2.0 do not. */
     if (PyBool_Check(object) || !PyIndex_Check(object)) {
@@ -226,6 +264,7 @@ int core_int(PyObject *object, const char *name, long low, long high, int *out) 
 }
 
 int core_bool(PyObject *object, const char *name, int *out) {
+    if (!object) return 0;
     if (object != Py_True && object != Py_False && !PyArray_IsScalar(object, Bool)) {
         PyErr_Format(PyExc_TypeError, "%s: expected True or False, got %.100s", name, Py_TYPE(object)->tp_name);
         return -1;

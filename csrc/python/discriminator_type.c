@@ -37,16 +37,8 @@ done:
     return result;
 }
 
-static PyObject *config_dict(const void *model) {
-    const ladd_disc_config *c = ladd_disc_get_config(model);
-    PyObject *taps = PyTuple_New(c->n_taps);
-    for (int i = 0; taps && i < c->n_taps; i++) {
-        PyObject *tap = PyLong_FromLong(c->taps[i]);
-        if (tap)
-            PyTuple_SET_ITEM(taps, i, tap);
-        else
-            Py_CLEAR(taps);
-    }
+static PyObject *config_dict(const ladd_disc_config *c) {
+    PyObject *taps = core_int_tuple(c->taps, c->n_taps);
     if (!taps) return NULL;
     return Py_BuildValue("{si sN si si si ss si sO sO sO si}", "feature_dim", c->feature_dim, "taps", taps, "pooled_dim", c->pooled_dim, "width",
                          c->width, "kernel_size", c->kernel_size, "norm", c->norm == LADD_HEAD_NORM_GROUP ? "group" : "none", "num_groups",
@@ -55,53 +47,7 @@ static PyObject *config_dict(const void *model) {
                          c->condition_dim);
 }
 
-/* ---- life ------------------------------------------------------------------------------------------------------------ */
-
-static ladd_status init_weights(void *model, uint64_t seed) { return ladd_disc_init(model, seed); }
-static void free_model(void *model) { ladd_disc_free(model); }
-static void free_saved(const ladd_context *ctx, void *saved) { ladd_disc_saved_free(ctx, saved); }
-
-static PyObject *disc_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"config", NULL};
-    PyObject *mapping;
-    ladd_disc_config config;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:Discriminator", names, &mapping) || read_config(&config, mapping) < 0) return NULL;
-    core_model *self = core_model_new(type);
-    if (!self) return NULL;
-    self->init = init_weights;
-    self->config = config_dict;
-    ladd_disc *model = NULL;
-    ladd_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = ladd_disc_create(&model, &config);
-    Py_END_ALLOW_THREADS;
-    if (status != LADD_OK) {
-        core_raise(status);
-        Py_DECREF(self);
-        return NULL;
-    }
-    self->model = model;
-    self->params = ladd_disc_params(model);
-    return (PyObject *)self;
-}
-
-static void disc_dealloc(PyObject *object) { core_model_dealloc((core_model *)object, free_model); }
-
 /* ---- forward and backward -------------------------------------------------------------------------------------------- */
-
-/* `n` new arrays in a list, and their data. */
-static PyObject *new_list(Py_ssize_t n, const char *shape, const core_dims *dims, ladd_act **data) {
-    PyObject *list = PyList_New(n);
-    for (Py_ssize_t i = 0; list && i < n; i++) {
-        PyObject *array = core_new(shape, dims, 0);
-        if (array) {
-            PyList_SET_ITEM(list, i, array);
-            data[i] = core_data(array);
-        } else
-            Py_CLEAR(list);
-    }
-    return list;
-}
 
 static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"features", "sigma", "pooled", "grid", "update_u", "keep", NULL};
@@ -119,8 +65,8 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OO:forward", names, &features, &sigma, &pooled, &grid, &update_flag, &keep_flag))
         return NULL;
-    if (update_flag && core_bool(update_flag, "update_u", &update_u) < 0) return NULL;
-    if (keep_flag && core_bool(keep_flag, "keep", &keep) < 0) return NULL;
+    if (core_bool(update_flag, "update_u", &update_u) < 0) return NULL;
+    if (core_bool(keep_flag, "keep", &keep) < 0) return NULL;
     Py_ssize_t n_sides = core_int_list(grid, "grid", sides, 2, 1, INT_MAX);
     if (n_sides < 0) return NULL;
     if (n_sides != 2 || sides[0] > INT_MAX / sides[1]) {
@@ -141,27 +87,14 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     if (!config->condition_pooled) DIM(&dims, 'P') = 0;
     PyArrayObject *condition = core_optional(pooled, "pooled", "BP", &dims, &ok);
     if (!ok) return NULL;
-    items = core_sequence(features, "features", config->n_taps, "one a tap");
+    items = core_input_list(features, "features", config->n_taps, "one a tap", "BND", &dims, inputs);
     if (!items) return NULL;
-    for (int i = 0; i < config->n_taps; i++) {
-        PyArrayObject *array = core_input(PyTuple_GET_ITEM(items, i), "features", "BND", &dims);
-        if (!array) goto done;
-        inputs[i] = core_data(array);
-    }
-    if (!(logits = new_list(config->n_taps, "Bhw", &dims, outputs))) goto done;
-    if (keep) {
-        saved = core_saved_new(core_state_of(Py_TYPE(self))->disc_saved_type, self, free_saved);
-        if (!saved) goto done;
-        saved->dims = dims;
-        saved->n_outputs = config->n_taps;
-    }
+    if (!(logits = core_new_list(config->n_taps, "Bhw", &dims, outputs))) goto done;
+    if (keep && !(saved = core_saved_new(self, &dims, config->n_taps))) goto done;
     if (core_begin(&call, self->lock) < 0) goto done;
     ladd_status status = ladd_disc_forward(&call.ctx, outputs, keep ? &kept : NULL, self->model, inputs, core_data(sigma),
                                            config->condition_pooled ? core_data(condition) : NULL, IDIM(&dims, 'B'), sides[0], sides[1], update_u);
-    int failed = core_end(&call, status);
-    if (saved) saved->saved = kept;
-    if (failed < 0) goto done;
-    result = PyTuple_Pack(2, logits, saved ? (PyObject *)saved : Py_None);
+    result = core_forward_end(&call, status, logits, saved, kept);
 done:
     Py_XDECREF(items);
     Py_XDECREF(logits);
@@ -172,56 +105,33 @@ done:
 static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"dlogits", "params", "features", NULL};
     core_saved *self = (core_saved *)object;
-    core_model *owner = self->owner;
     PyObject *dlogits, *params_flag = NULL, *features_flag = NULL, *result = NULL;
     const ladd_act *inputs[LADD_MAX_LAYERS];
     ladd_act *outputs[LADD_MAX_LAYERS] = {NULL};
     int params = 1, features = 1;
     core_call call;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:backward", names, &dlogits, &params_flag, &features_flag)) return NULL;
-    if (params_flag && core_bool(params_flag, "params", &params) < 0) return NULL;
-    if (features_flag && core_bool(features_flag, "features", &features) < 0) return NULL;
-    PyObject *items = core_sequence(dlogits, "dlogits", self->n_outputs, "one a tap");
+    if (core_bool(params_flag, "params", &params) < 0) return NULL;
+    if (core_bool(features_flag, "features", &features) < 0) return NULL;
+    PyObject *items = core_input_list(dlogits, "dlogits", self->n_outputs, "one a tap", "Bhw", &self->dims, inputs);
     if (!items) return NULL;
-    for (int i = 0; i < self->n_outputs; i++) {
-        PyArrayObject *array = core_input(PyTuple_GET_ITEM(items, i), "dlogits", "Bhw", &self->dims);
-        if (!array) goto done;
-        inputs[i] = core_data(array);
-    }
-    result = features ? new_list(self->n_outputs, "BND", &self->dims, outputs) : Py_NewRef(Py_None);
-    if (!result) goto done;
-    if (core_begin(&call, owner->lock) < 0) {
+    result = features ? core_new_list(self->n_outputs, "BND", &self->dims, outputs) : Py_NewRef(Py_None);
+    ladd_status status;
+    ladd_disc_saved *saved = result ? core_backward_begin(&call, self, 0, params, &status) : NULL;
+    if (saved) {
+        if (status == LADD_OK) status = ladd_disc_backward(&call.ctx, outputs, saved, inputs, params);
+        if (core_end(&call, status) < 0) Py_CLEAR(result);
+    } else
         Py_CLEAR(result);
-        goto done;
-    }
-    ladd_status status = params ? ladd_params_need_grad(owner->params) : LADD_OK;
-    if (status == LADD_OK) status = ladd_disc_backward(&call.ctx, outputs, self->saved, inputs, params);
-    if (core_end(&call, status) < 0) Py_CLEAR(result);
-done:
     Py_DECREF(items);
     return result;
 }
 
 /* ---- types ----------------------------------------------------------------------------------------------------------- */
 
-static PyMethodDef disc_methods[] = {
+static PyMethodDef model_methods[] = {
     CORE_METHOD("forward", disc_forward, "forward(features, sigma, pooled, grid, update_u=False, keep=False) -> (list of logits, saved or None)"),
     {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot disc_slots[] = {
-    {Py_tp_doc, "Discriminator(config): heads on tapped features. Weights are zero until init() or until they are written."},
-    {Py_tp_new, disc_new},
-    {Py_tp_dealloc, disc_dealloc},
-    {Py_tp_methods, disc_methods},
-    {0, NULL},
-};
-
-static PyType_Spec disc_spec = {
-    .name = "ladd._core.Discriminator",
-    .basicsize = sizeof(core_model),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = disc_slots,
 };
 
 static PyMethodDef saved_methods[] = {
@@ -229,23 +139,8 @@ static PyMethodDef saved_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot saved_slots[] = {
-    {Py_tp_doc, "What one forward of the heads kept for backward. Keeps the model alive."},
-    {Py_tp_dealloc, core_saved_dealloc},
-    {Py_tp_methods, saved_methods},
-    {0, NULL},
-};
+CORE_KIND(kind, disc, CORE_DISC, "Discriminator",
+          "Discriminator(config): heads on tapped features. Weights are zero until init() or until they are written.",
+          "What one forward of the heads kept for backward. Keeps the model alive.")
 
-static PyType_Spec saved_spec = {
-    .name = "ladd._core.DiscriminatorSaved",
-    .basicsize = sizeof(core_saved),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = saved_slots,
-};
-
-int core_add_disc(PyObject *module, core_state *state) {
-    state->disc_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &disc_spec, (PyObject *)state->model_type);
-    state->disc_saved_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &saved_spec, NULL);
-    if (!state->disc_type || !state->disc_saved_type) return -1;
-    return PyModule_AddType(module, state->disc_type) < 0 ? -1 : PyModule_AddType(module, state->disc_saved_type);
-}
+int core_add_disc(PyObject *module, core_state *state) { return core_add_kind(module, state, &kind); }

@@ -58,7 +58,7 @@ static PyObject *linear_backward(PyObject *module, PyObject *args, PyObject *kwa
     core_dims d = {0};
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$OOO:linear_backward", names, &dy, &x, &w, &flags[0], &flags[1], &flags[2])) return NULL;
     for (int i = 0; i < 3; i++)
-        if (flags[i] && core_bool(flags[i], names[i + 3], &wanted[i]) < 0) return NULL;
+        if (core_bool(flags[i], names[i + 3], &wanted[i]) < 0) return NULL;
     if (!core_input(x, "x", "MK", &d) || !core_input(w, "w", "NK", &d) || !core_input(dy, "dy", "MN", &d)) return NULL;
     for (int i = 0; i < 3; i++) {
         grads[i] = wanted[i] ? core_new(shapes[i], &d, i > 0) : Py_NewRef(Py_None); /* the kernel adds to parameter gradients */

@@ -68,7 +68,7 @@ static PyObject *renoise(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO$O:renoise", names, &x0, &t, &seed, &purpose, &step, &samples_given, &return_flag,
                                      &out_given))
         return NULL;
-    if (return_flag && core_bool(return_flag, "return_noise", &return_noise) < 0) return NULL;
+    if (core_bool(return_flag, "return_noise", &return_noise) < 0) return NULL;
     if (!core_input(x0, "x0", "B*", &d) || !core_input(t, "t", "B", &d) || read_key(&key, seed, purpose, step) < 0) return NULL;
     PyArrayObject *samples = read_samples(samples_given, DIM(&d, 'B'));
     if (!samples) return NULL;

@@ -63,7 +63,7 @@ static PyObject *conv2d_backward(PyObject *module, PyObject *args, PyObject *kwa
                                      &flags[2]))
         return NULL;
     for (int i = 0; i < 3; i++)
-        if (flags[i] && core_bool(flags[i], names[i + 5], &wanted[i]) < 0) return NULL;
+        if (core_bool(flags[i], names[i + 5], &wanted[i]) < 0) return NULL;
     if (!core_input(x, "x", "BCHW", &d) || !core_input(w, "w", "KCYX", &d)) return NULL;
     if (read_conv(&conv, &d, stride, padding) < 0 || !core_input(dy, "dy", "BKPQ", &d)) return NULL;
     for (int i = 0; i < 3; i++) {
@@ -155,7 +155,7 @@ static PyObject *patch_gather(PyObject *module, PyObject *args, PyObject *kwargs
     core_dims d = {0};
     int p, last = 0, result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:patch_gather", names, &image, &p_given, &last_given)) return NULL;
-    if (core_int(p_given, "patch_size", 1, 32768, &p) < 0 || (last_given && core_bool(last_given, "channel_last", &last) < 0)) return NULL;
+    if (core_int(p_given, "patch_size", 1, 32768, &p) < 0 || core_bool(last_given, "channel_last", &last) < 0) return NULL;
     if (!core_input(image, "image", "BCHW", &d) || patch_sizes(&d, p) < 0) return NULL;
     PyObject *tokens = core_new("BNL", &d, 0);
     if (tokens)
@@ -174,7 +174,7 @@ static PyObject *patch_scatter(PyObject *module, PyObject *args, PyObject *kwarg
         return NULL;
     for (int i = 0; i < 4; i++)
         if (core_int(given[i], names[i + 1], 1, i == 3 ? 32768 : INT_MAX, &sizes[i]) < 0) return NULL;
-    if (last_given && core_bool(last_given, "channel_last", &last) < 0) return NULL;
+    if (core_bool(last_given, "channel_last", &last) < 0) return NULL;
     DIM(&d, 'C') = sizes[0], DIM(&d, 'H') = sizes[1], DIM(&d, 'W') = sizes[2];
     if (patch_sizes(&d, sizes[3]) < 0 || !core_input(tokens, "tokens", "BNL", &d)) return NULL;
     PyObject *image = core_new("BCHW", &d, 0);

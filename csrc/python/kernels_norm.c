@@ -138,7 +138,7 @@ static PyObject *group_norm_forward(PyObject *module, PyObject *args, PyObject *
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|dO$O:group_norm_forward", names, &x, &gamma, &beta, &groups_given, &eps, &silu_given, &out))
         return NULL;
     if (core_int(groups_given, "groups", 1, 2147483647, &groups) < 0 || core_in_range(eps, "eps", 0, 1) < 0) return NULL;
-    if (silu_given && core_bool(silu_given, "silu", &silu) < 0) return NULL;
+    if (core_bool(silu_given, "silu", &silu) < 0) return NULL;
     if (!core_input(x, "x", "BCL", &d) || !core_input(gamma, "gamma", "C", &d) || !core_input(beta, "beta", "C", &d)) return NULL;
     if (DIM(&d, 'C') % groups) {
         PyErr_Format(PyExc_ValueError, "groups: expected a divisor of the %lld channels, got %d", (long long)DIM(&d, 'C'), groups);
@@ -161,7 +161,7 @@ static PyObject *group_norm_backward(PyObject *module, PyObject *args, PyObject 
     int silu = 0, result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|O:group_norm_backward", names, &dy, &x, &mean, &rstd, &gamma, &beta, &silu_given))
         return NULL;
-    if (silu_given && core_bool(silu_given, "silu", &silu) < 0) return NULL;
+    if (core_bool(silu_given, "silu", &silu) < 0) return NULL;
     if (!core_input(x, "x", "BCL", &d) || !core_input(dy, "dy", "BCL", &d) || !core_input(mean, "mean", "BG", &d) ||
         !core_input(rstd, "rstd", "BG", &d))
         return NULL;

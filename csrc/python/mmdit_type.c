@@ -57,59 +57,18 @@ done:
     return outs ? 0 : -1;
 }
 
-static PyObject *config_dict(const void *model) {
-    const ladd_mmdit_config *c = ladd_mmdit_get_config(model);
-    int n = 0;
-    for (int i = 0; i < c->num_layers; i++) n += c->dual[i];
-    PyObject *dual = PyTuple_New(n);
+static PyObject *config_dict(const ladd_mmdit_config *c) {
+    int layers[LADD_MAX_LAYERS], n = 0;
+    for (int i = 0; i < c->num_layers; i++)
+        if (c->dual[i]) layers[n++] = i;
+    PyObject *dual = core_int_tuple(layers, n);
     if (!dual) return NULL;
-    for (int i = 0, at = 0; i < c->num_layers; i++) {
-        if (!c->dual[i]) continue;
-        PyObject *index = PyLong_FromLong(i);
-        if (!index) {
-            Py_DECREF(dual);
-            return NULL;
-        }
-        PyTuple_SET_ITEM(dual, at++, index);
-    }
     return Py_BuildValue("{si si si si si si si si si si si sN sz}", "sample_size", c->sample_size, "patch_size", c->patch_size, "in_channels",
                          c->in_channels, "num_layers", c->num_layers, "attention_head_dim", c->attention_head_dim, "num_attention_heads",
                          c->num_attention_heads, "joint_attention_dim", c->joint_attention_dim, "caption_projection_dim", c->caption_projection_dim,
                          "pooled_projection_dim", c->pooled_projection_dim, "out_channels", c->out_channels, "pos_embed_max_size",
                          c->pos_embed_max_size, "dual_attention_layers", dual, "qk_norm", c->qk_rms_norm ? "rms_norm" : NULL);
 }
-
-/* ---- life ------------------------------------------------------------------------------------------------------------ */
-
-static ladd_status init_weights(void *model, uint64_t seed) { return ladd_mmdit_init(model, seed); }
-static void free_model(void *model) { ladd_mmdit_free(model); }
-static void free_saved(const ladd_context *ctx, void *saved) { ladd_mmdit_saved_free(ctx, saved); }
-
-static PyObject *mmdit_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"config", NULL};
-    PyObject *mapping;
-    ladd_mmdit_config config;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:MMDiT", names, &mapping) || read_config(&config, mapping) < 0) return NULL;
-    core_model *self = core_model_new(type);
-    if (!self) return NULL;
-    self->init = init_weights;
-    self->config = config_dict;
-    ladd_mmdit *model = NULL;
-    ladd_status status;
-    Py_BEGIN_ALLOW_THREADS;
-    status = ladd_mmdit_create(&model, &config);
-    Py_END_ALLOW_THREADS;
-    if (status != LADD_OK) {
-        core_raise(status);
-        Py_DECREF(self);
-        return NULL;
-    }
-    self->model = model;
-    self->params = ladd_mmdit_params(model);
-    return (PyObject *)self;
-}
-
-static void mmdit_dealloc(PyObject *object) { core_model_dealloc((core_model *)object, free_model); }
 
 /* ---- forward --------------------------------------------------------------------------------------------------------- */
 
@@ -124,7 +83,7 @@ typedef struct mmdit_call {
 static int read_call(mmdit_call *c, int layers, PyObject *skip_layers, PyObject *taps, PyObject *keep) {
     int skipped[LADD_MAX_LAYERS];
     memset(c, 0, sizeof *c);
-    if (keep && core_bool(keep, "keep", &c->call.keep) < 0) return -1;
+    if (core_bool(keep, "keep", &c->call.keep) < 0) return -1;
     if (skip_layers && skip_layers != Py_None) {
         Py_ssize_t n = core_int_list(skip_layers, "skip_layers", skipped, LADD_MAX_LAYERS, 0, layers - 1);
         if (n < 0) return -1;
@@ -204,30 +163,13 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     DIM(&dims, 'X') = w * p;
     DIM(&dims, 'N') = h * w;
     DIM(&dims, 'D') = (int64_t)config->num_attention_heads * config->attention_head_dim;
-    if (c.call.n_taps == 0)
-        output = core_new("BKYX", &dims, 0);
-    else if ((output = PyList_New(c.call.n_taps)) != NULL)
-        for (int i = 0; i < c.call.n_taps; i++) {
-            PyObject *array = core_new("BND", &dims, 0);
-            if (!array) goto done;
-            PyList_SET_ITEM(output, i, array);
-            features[i] = core_data(array);
-        }
+    output = c.call.n_taps ? core_new_list(c.call.n_taps, "BND", &dims, features) : core_new("BKYX", &dims, 0);
     if (!output) goto done;
-    if (c.call.keep) {
-        saved = core_saved_new(core_state_of(Py_TYPE(self))->mmdit_saved_type, self, free_saved);
-        if (!saved) goto done;
-        saved->dims = dims;
-        saved->n_outputs = c.call.n_taps;
-    }
-
+    if (c.call.keep && !(saved = core_saved_new(self, &dims, c.call.n_taps))) goto done;
     if (core_begin(&call, self->lock) < 0) goto done;
     ladd_status status = ladd_mmdit_forward(&call.ctx, c.call.n_taps ? NULL : core_data(output), c.call.n_taps ? features : NULL, &kept, self->model,
                                             &c.call, core_data(latents), core_data(sigma), core_data(context), core_data(pooled));
-    int failed = core_end(&call, status);
-    if (saved) saved->saved = kept;
-    if (failed < 0) goto done;
-    result = PyTuple_Pack(2, output, saved ? (PyObject *)saved : Py_None);
+    result = core_forward_end(&call, status, output, saved, kept);
 done:
     Py_XDECREF(output);
     Py_XDECREF(saved);
@@ -240,7 +182,6 @@ static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwar
     static char *names[] = {"cotangent", "params", "latents", "context", "pooled", NULL};
     static const char *const shapes[3] = {"BCHW", "BTJ", "BP"};
     core_saved *self = (core_saved *)object;
-    core_model *owner = self->owner;
     PyObject *cotangent, *given[4] = {NULL}, *outputs[3] = {NULL}, *items = NULL, *result = NULL;
     const ladd_act *dfeatures[LADD_MAX_LAYERS], *dvelocity = NULL;
     int wanted[4] = {1, 1, 1, 1};
@@ -248,33 +189,22 @@ static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwar
 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOO:backward", names, &cotangent, &given[0], &given[1], &given[2], &given[3])) return NULL;
     for (int i = 0; i < 4; i++)
-        if (given[i] && core_bool(given[i], names[i + 1], &wanted[i]) < 0) return NULL;
+        if (core_bool(given[i], names[i + 1], &wanted[i]) < 0) return NULL;
     if (self->n_outputs == 0) {
         PyArrayObject *array = core_input(cotangent, "cotangent", "BKYX", &self->dims);
         if (!array) return NULL;
         dvelocity = core_data(array);
     } else {
-        items = core_sequence(cotangent, "cotangent", self->n_outputs, "one a tap");
+        items = core_input_list(cotangent, "cotangent", self->n_outputs, "one a tap", "BND", &self->dims, dfeatures);
         if (!items) return NULL;
-        for (int i = 0; i < self->n_outputs; i++) {
-            PyArrayObject *array = core_input(PyTuple_GET_ITEM(items, i), "cotangent", "BND", &self->dims);
-            if (!array) goto done;
-            dfeatures[i] = core_data(array);
-        }
     }
     for (int i = 0; i < 3; i++) {
         outputs[i] = wanted[i + 1] ? core_new(shapes[i], &self->dims, 0) : Py_NewRef(Py_None);
         if (!outputs[i]) goto done;
     }
-    /* From here on the saved memory is ours alone: another thread's call finds it used up. */
-    ladd_mmdit_saved *saved = self->saved;
-    if (!saved) {
-        PyErr_SetString(PyExc_RuntimeError, "backward: expected the first call for this forward, got a second one; its memory was reused");
-        goto done;
-    }
-    self->saved = NULL;
-    if (core_begin(&call, owner->lock) < 0) goto done;
-    ladd_status status = wanted[0] ? ladd_params_need_grad(owner->params) : LADD_OK;
+    ladd_status status;
+    ladd_mmdit_saved *saved = core_backward_begin(&call, self, 1, wanted[0], &status);
+    if (!saved) goto done;
     if (status == LADD_OK)
         status = ladd_mmdit_backward(&call.ctx, wanted[1] ? core_data(outputs[0]) : NULL, wanted[2] ? core_data(outputs[1]) : NULL,
                                      wanted[3] ? core_data(outputs[2]) : NULL, saved, dvelocity, self->n_outputs ? dfeatures : NULL, wanted[0]);
@@ -289,27 +219,12 @@ done:
 
 /* ---- types ----------------------------------------------------------------------------------------------------------- */
 
-static PyMethodDef mmdit_methods[] = {
+static PyMethodDef model_methods[] = {
     CORE_METHOD("plan", mmdit_plan,
                 "plan(batch, height, width, text_tokens, skip_layers=(), taps=None, keep=False) -> bytes that such a forward takes"),
     CORE_METHOD("forward", mmdit_forward,
                 "forward(latents, sigma, context, pooled, skip_layers=(), taps=None, keep=False) -> (velocity or list of features, saved or None)"),
     {NULL, NULL, 0, NULL},
-};
-
-static PyType_Slot mmdit_slots[] = {
-    {Py_tp_doc, "MMDiT(config): the transformer of Stable Diffusion 3 and 3.5. Weights are zero until init() or until they are written."},
-    {Py_tp_new, mmdit_new},
-    {Py_tp_dealloc, mmdit_dealloc},
-    {Py_tp_methods, mmdit_methods},
-    {0, NULL},
-};
-
-static PyType_Spec mmdit_spec = {
-    .name = "ladd._core.MMDiT",
-    .basicsize = sizeof(core_model),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = mmdit_slots,
 };
 
 static PyMethodDef saved_methods[] = {
@@ -318,23 +233,8 @@ static PyMethodDef saved_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyType_Slot saved_slots[] = {
-    {Py_tp_doc, "What one forward of an MMDiT kept for its backward. Keeps the model alive."},
-    {Py_tp_dealloc, core_saved_dealloc},
-    {Py_tp_methods, saved_methods},
-    {0, NULL},
-};
+CORE_KIND(kind, mmdit, CORE_MMDIT, "MMDiT",
+          "MMDiT(config): the transformer of Stable Diffusion 3 and 3.5. Weights are zero until init() or until they are written.",
+          "What one forward of an MMDiT kept for its backward. Keeps the model alive.")
 
-static PyType_Spec saved_spec = {
-    .name = "ladd._core.MMDiTSaved",
-    .basicsize = sizeof(core_saved),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = saved_slots,
-};
-
-int core_add_mmdit(PyObject *module, core_state *state) {
-    state->mmdit_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &mmdit_spec, (PyObject *)state->model_type);
-    state->mmdit_saved_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &saved_spec, NULL);
-    if (!state->mmdit_type || !state->mmdit_saved_type) return -1;
-    return PyModule_AddType(module, state->mmdit_type) < 0 ? -1 : PyModule_AddType(module, state->mmdit_saved_type);
-}
+int core_add_mmdit(PyObject *module, core_state *state) { return core_add_kind(module, state, &kind); }

@@ -4,46 +4,87 @@
 
 /* ---- life ------------------------------------------------------------------------------------------------------------ */
 
-core_model *core_model_new(PyTypeObject *type) {
+PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, const core_kind *kind) {
+    static char *names[] = {"config", NULL};
+    PyObject *mapping;
+    core_any_config config;
+    char format[64];
+    snprintf(format, sizeof format, "O:%s", kind->name);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &mapping) || kind->read_config(&config, mapping) < 0) return NULL;
     core_model *self = (core_model *)type->tp_alloc(type, 0); /* fields are zero */
     if (!self) return NULL;
-    self->lock = PyThread_allocate_lock();
-    if (self->lock) return self;
+    self->kind = kind;
+    ladd_status status;
+    if (!(self->lock = PyThread_allocate_lock())) {
+        PyErr_NoMemory();
+        goto failed;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    status = kind->create(&self->model, &config);
+    Py_END_ALLOW_THREADS;
+    if (status != LADD_OK) {
+        core_raise(status);
+        goto failed;
+    }
+    self->params = kind->params(self->model);
+    return (PyObject *)self;
+failed:
     Py_DECREF(self);
-    return (core_model *)PyErr_NoMemory();
+    return NULL;
 }
 
-void core_model_dealloc(core_model *self, void (*model_free)(void *)) {
+static void model_dealloc(PyObject *object) {
+    core_model *self = (core_model *)object;
     PyTypeObject *type = Py_TYPE(self);
-    if (self->model) model_free(self->model);
+    if (self->model) self->kind->model_free(self->model);
     if (self->lock) PyThread_free_lock(self->lock);
     type->tp_free(self);
     Py_DECREF(type);
 }
 
-core_saved *core_saved_new(PyTypeObject *type, core_model *owner, void (*saved_free)(const ladd_context *, void *)) {
+core_saved *core_saved_new(core_model *owner, const core_dims *dims, int n_outputs) {
+    PyTypeObject *type = core_state_of(Py_TYPE(owner))->saved_types[owner->kind->index];
     core_saved *self = (core_saved *)type->tp_alloc(type, 0);
     if (!self) return NULL;
     self->owner = (core_model *)Py_NewRef(owner);
-    self->saved_free = saved_free;
+    self->dims = *dims;
+    self->n_outputs = n_outputs;
     return self;
 }
 
-void core_saved_release(core_saved *self) {
-    void *saved = self->saved;
-    if (!saved) return;
-    self->saved = NULL;
-    ladd_context ctx = ladd_cpu_context();
-    self->saved_free(&ctx, saved);
-}
-
-void core_saved_dealloc(PyObject *object) {
+static void saved_dealloc(PyObject *object) {
     core_saved *self = (core_saved *)object;
     PyTypeObject *type = Py_TYPE(self);
-    core_saved_release(self);
+    if (self->saved) {
+        ladd_context ctx = ladd_cpu_context();
+        self->owner->kind->saved_free(&ctx, self->saved);
+    }
     Py_XDECREF(self->owner);
     type->tp_free(self);
     Py_DECREF(type);
+}
+
+/* ---- forward and backward -------------------------------------------------------------------------------------------- */
+
+PyObject *core_forward_end(core_call *call, ladd_status status, PyObject *output, core_saved *saved, void *kept) {
+    int failed = core_end(call, status);
+    if (saved) saved->saved = kept;
+    return failed < 0 ? NULL : PyTuple_Pack(2, output, saved ? (PyObject *)saved : Py_None);
+}
+
+void *core_backward_begin(core_call *call, core_saved *self, int once, int params, ladd_status *status) {
+    void *saved = self->saved;
+    if (!saved) {
+        PyErr_SetString(PyExc_RuntimeError, "backward: expected the first call for this forward, got a second one; its memory was reused");
+        return NULL;
+    }
+    if (once) self->saved = NULL; /* before the GIL goes: another thread's call finds it used up */
+    if (core_begin(call, self->owner->lock) < 0) {
+        self->saved = saved;
+        return NULL;
+    }
+    *status = params ? ladd_params_need_grad(self->owner->params) : LADD_OK;
+    return saved;
 }
 
 /* ---- views ----------------------------------------------------------------------------------------------------------- */
@@ -90,7 +131,7 @@ static PyObject *model_init(PyObject *object, PyObject *argument) {
     uint64_t seed;
     core_call call;
     if (core_uint64(argument, "seed", &seed) < 0 || core_begin(&call, self->lock) < 0) return NULL;
-    if (core_end(&call, self->init(self->model, seed)) < 0) return NULL;
+    if (core_end(&call, self->kind->init(self->model, seed)) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -122,7 +163,7 @@ static PyObject *model_trainable_names(PyObject *object, PyObject *unused) {
 static PyObject *model_config(PyObject *object, void *unused) {
     (void)unused;
     core_model *self = (core_model *)object;
-    return self->config(self->model);
+    return self->kind->config_dict(self->model);
 }
 
 static PyObject *model_flat(PyObject *object, void *unused) {
@@ -159,21 +200,37 @@ static PyGetSetDef model_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-static PyType_Slot model_slots[] = {
-    {Py_tp_doc, "What all models share: parameter tables as views. Methods of one model exclude each other, so it may be used from several threads."},
-    {Py_tp_methods, model_methods},
-    {Py_tp_getset, model_getset},
-    {0, NULL},
-};
+#define FLAGS (Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE)
 
-static PyType_Spec model_spec = {
-    .name = "ladd._core.Model",
-    .basicsize = sizeof(core_model),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
-    .slots = model_slots,
-};
+static PyTypeObject *make_type(PyObject *module, const char *name, size_t size, unsigned long flags, PyType_Slot *slots, PyTypeObject *base) {
+    PyType_Spec spec = {.name = name, .basicsize = (int)size, .flags = (unsigned int)flags, .slots = slots};
+    PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, (PyObject *)base);
+    if (type && PyModule_AddType(module, type) < 0) Py_CLEAR(type);
+    return type;
+}
 
 int core_add_model(PyObject *module, core_state *state) {
-    state->model_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &model_spec, NULL);
-    return state->model_type ? PyModule_AddType(module, state->model_type) : -1;
+    static char doc[] =
+        "What all models share: parameter tables as views. Methods of one model exclude each other, so it may be used from several "
+        "threads.";
+    PyType_Slot slots[] = {{Py_tp_doc, doc}, {Py_tp_methods, model_methods}, {Py_tp_getset, model_getset}, {0, NULL}};
+    state->model_type =
+        make_type(module, "ladd._core.Model", sizeof(core_model), FLAGS | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots, NULL);
+    return state->model_type ? 0 : -1;
+}
+
+int core_add_kind(PyObject *module, core_state *state, const core_kind *kind) {
+    PyType_Slot slots[] = {{Py_tp_doc, (void *)(uintptr_t)kind->doc},
+                           {Py_tp_new, (void *)kind->type_new},
+                           {Py_tp_dealloc, (void *)model_dealloc},
+                           {Py_tp_methods, kind->methods},
+                           {0, NULL}};
+    PyType_Slot saved_slots[] = {
+        {Py_tp_doc, (void *)(uintptr_t)kind->saved_doc}, {Py_tp_dealloc, (void *)saved_dealloc}, {Py_tp_methods, kind->saved_methods}, {0, NULL}};
+    PyTypeObject *type = make_type(module, kind->type_name, sizeof(core_model), FLAGS, slots, state->model_type);
+    state->types[kind->index] = type;
+    if (!type) return -1;
+    type = make_type(module, kind->saved_type_name, sizeof(core_saved), FLAGS | Py_TPFLAGS_DISALLOW_INSTANTIATION, saved_slots, NULL);
+    state->saved_types[kind->index] = type;
+    return type ? 0 : -1;
 }

@@ -137,22 +137,23 @@ static int core_exec(PyObject *module) {
     return 0;
 }
 
-#define STATE_TYPES(VISIT)   \
-    VISIT(state->model_type) \
-    VISIT(state->mmdit_type) \
-    VISIT(state->mmdit_saved_type) VISIT(state->vae_type) VISIT(state->vae_saved_type) VISIT(state->disc_type) VISIT(state->disc_saved_type)
-
 static int core_traverse(PyObject *module, visitproc visit, void *arg) {
     core_state *state = PyModule_GetState(module);
-#define VISIT_TYPE(type) Py_VISIT(type);
-    STATE_TYPES(VISIT_TYPE)
+    Py_VISIT(state->model_type);
+    for (int i = 0; i < CORE_KINDS; i++) {
+        Py_VISIT(state->types[i]);
+        Py_VISIT(state->saved_types[i]);
+    }
     return 0;
 }
 
 static int core_clear(PyObject *module) {
     core_state *state = PyModule_GetState(module);
-#define CLEAR_TYPE(type) Py_CLEAR(type);
-    STATE_TYPES(CLEAR_TYPE)
+    Py_CLEAR(state->model_type);
+    for (int i = 0; i < CORE_KINDS; i++) {
+        Py_CLEAR(state->types[i]);
+        Py_CLEAR(state->saved_types[i]);
+    }
     return 0;
 }
 
