@@ -135,8 +135,16 @@ struct ladd_backend {
 #define LADD_FIELD(name, arguments) ladd_status(*name) arguments;
     LADD_KERNELS(LADD_FIELD)
 #undef LADD_FIELD
-    ladd_status (*alloc)(void **block, size_t bytes); /* 64-byte aligned, not cleared */
-    void (*release)(void *block);
+    /* Memory of the device: 64-byte aligned, not cleared, in the order of the context's stream. A released block may be reused by work queued later.
+     */
+    ladd_status (*alloc)(LADD_CTX, void **block, size_t bytes);
+    void (*release)(LADD_CTX, void *block);
+    /* Between host and device. The host's memory may change as soon as upload returns; download waits. On the CPU both are memcpy. */
+    ladd_status (*upload)(LADD_CTX, void *device, const void *host, size_t bytes);
+    ladd_status (*download)(LADD_CTX, void *host, const void *device, size_t bytes);
+    /* Between float and the compute type, both on the device. */
+    ladd_status (*to_act)(LADD_CTX, ladd_act *y, const float *x, int64_t n);
+    ladd_status (*to_float)(LADD_CTX, float *y, const ladd_act *x, int64_t n);
 };
 
 /* The CPU's table for the best instruction set of this processor, or the one that LADD_CPU names (then missing support is an error: NULL). */

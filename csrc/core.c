@@ -35,7 +35,7 @@ static pthread_mutex_t arena_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
     void *block;
     size_t capacity;
-    const ladd_backend *backend;
+    ladd_context owner;
 } kept[KEPT];
 static size_t bytes_in_use;
 
@@ -52,7 +52,7 @@ ladd_status ladd_arena_reserve(const ladd_context *ctx, ladd_arena *arena) {
     pthread_mutex_lock(&arena_lock);
     int best = -1;
     for (int i = 0; i < KEPT; i++)
-        if (kept[i].block && kept[i].backend == ctx->backend && kept[i].capacity >= need && kept[i].capacity / 2 <= need &&
+        if (kept[i].block && kept[i].owner.state == ctx->state && kept[i].capacity >= need && kept[i].capacity / 2 <= need &&
             (best < 0 || kept[i].capacity < kept[best].capacity))
             best = i;
     if (best >= 0) {
@@ -61,9 +61,9 @@ ladd_status ladd_arena_reserve(const ladd_context *ctx, ladd_arena *arena) {
         kept[best].block = NULL;
     }
     pthread_mutex_unlock(&arena_lock);
-    if (!block && ctx->backend->alloc(&block, need) != LADD_OK) {
+    if (!block && ctx->backend->alloc(ctx, &block, need) != LADD_OK) {
         ladd_empty_cache();
-        LADD_TRY(ctx->backend->alloc(&block, need));
+        LADD_TRY(ctx->backend->alloc(ctx, &block, need));
     }
     pthread_mutex_lock(&arena_lock);
     bytes_in_use += capacity;
@@ -75,6 +75,7 @@ ladd_status ladd_arena_reserve(const ladd_context *ctx, ladd_arena *arena) {
 void ladd_arena_release(const ladd_context *ctx, ladd_arena *arena) {
     if (!arena->base) return;
     void *drop = arena->base;
+    ladd_context drop_owner = *ctx;
     pthread_mutex_lock(&arena_lock);
     bytes_in_use -= arena->capacity;
     int slot = 0;
@@ -87,12 +88,13 @@ void ladd_arena_release(const ladd_context *ctx, ladd_arena *arena) {
     }
     if (!kept[slot].block || kept[slot].capacity < arena->capacity) { /* keep it, in the place of a smaller one if all are taken */
         drop = kept[slot].block;
+        if (drop) drop_owner = kept[slot].owner;
         kept[slot].block = arena->base;
         kept[slot].capacity = arena->capacity;
-        kept[slot].backend = ctx->backend;
+        kept[slot].owner = *ctx;
     }
     pthread_mutex_unlock(&arena_lock);
-    if (drop) ctx->backend->release(drop);
+    if (drop) drop_owner.backend->release(&drop_owner, drop);
     *arena = (ladd_arena){0};
 }
 
@@ -100,7 +102,7 @@ void ladd_empty_cache(void) {
     pthread_mutex_lock(&arena_lock);
     for (int i = 0; i < KEPT; i++)
         if (kept[i].block) {
-            kept[i].backend->release(kept[i].block);
+            kept[i].owner.backend->release(&kept[i].owner, kept[i].block);
             kept[i].block = NULL;
         }
     pthread_mutex_unlock(&arena_lock);
@@ -157,14 +159,77 @@ static float *zeroed_floats(int64_t count) {
     return block;
 }
 
+static ladd_status no_room(int64_t count, const char *what) {
+    return ladd_fail(LADD_ERR_MEMORY, "out of memory for %s%lld parameters", what, (long long)count);
+}
+
 ladd_status ladd_params_allocate(ladd_params *p) {
     p->data = zeroed_floats(p->size);
-    return p->data ? LADD_OK : ladd_fail(LADD_ERR_MEMORY, "out of memory for %lld parameters", (long long)p->size);
+    p->compute = (const ladd_act *)p->data;
+    return p->data ? LADD_OK : no_room(p->size, "");
 }
 
 ladd_status ladd_params_need_grad(ladd_params *p) {
-    if (!p->grad) p->grad = zeroed_floats(p->trainable);
-    return p->grad ? LADD_OK : ladd_fail(LADD_ERR_MEMORY, "out of memory for the gradients of %lld parameters", (long long)p->trainable);
+    if (p->grad) return LADD_OK;
+    const ladd_context *ctx = &p->device;
+    if (!ctx->backend) {
+        p->grad = zeroed_floats(p->trainable);
+        return p->grad ? LADD_OK : no_room(p->trainable, "the gradients of ");
+    }
+    void *grad;
+    LADD_TRY(ctx->backend->alloc(ctx, &grad, (size_t)p->trainable * sizeof(float)));
+    /* zero() counts in elements of the compute type. */
+    ladd_status status = ctx->backend->zero(ctx, grad, p->trainable * (int64_t)(sizeof(float) / ctx->act_size));
+    if (status == LADD_OK)
+        p->grad = grad;
+    else
+        ctx->backend->release(ctx, grad);
+    return status;
+}
+
+ladd_status ladd_params_place(const ladd_context *ctx, ladd_params *p) {
+    if (!ctx->state) return LADD_OK;
+    const ladd_context device = {.backend = ctx->backend, .state = ctx->state, .act = ctx->act, .act_size = ctx->act_size};
+    size_t bytes = (size_t)p->size * sizeof(float);
+    void *data, *compute = NULL;
+    LADD_TRY(device.backend->alloc(&device, &data, bytes));
+    ladd_status status = device.backend->upload(&device, data, p->data, bytes);
+    if (status == LADD_OK && device.act != LADD_F32) status = device.backend->alloc(&device, &compute, (size_t)p->size * device.act_size);
+    if (status != LADD_OK) {
+        device.backend->release(&device, data);
+        return status;
+    }
+    free(p->data);
+    p->data = data;
+    p->compute = compute ? compute : data;
+    p->stale = compute != NULL;
+    p->device = device;
+    return LADD_OK;
+}
+
+ladd_status ladd_params_ready(const ladd_context *ctx, ladd_params *p) {
+    if (p->device.state != ctx->state || p->device.act != ctx->act)
+        return ladd_fail(LADD_ERR_VALUE, "a context of the device and compute type that the model lives in expected, got another");
+    if (!p->stale) return LADD_OK;
+    if (p->compute != (const ladd_act *)p->data) LADD_TRY(ctx->backend->to_act(ctx, (ladd_act *)(uintptr_t)p->compute, p->data, p->size));
+    if (p->stale == 1) p->stale = 0;
+    return LADD_OK;
+}
+
+ladd_status ladd_params_on_host(ladd_params *p, ladd_status (*task)(void *argument), void *argument) {
+    const ladd_context *ctx = &p->device;
+    if (!ctx->backend) return task(argument);
+    size_t bytes = (size_t)p->size * sizeof(float);
+    float *device = p->data, *host = zeroed_floats(p->size);
+    if (!host) return no_room(p->size, "a host copy of ");
+    ladd_status status = ctx->backend->download(ctx, host, device, bytes);
+    p->data = host;
+    if (status == LADD_OK) status = task(argument);
+    p->data = device;
+    if (status == LADD_OK) status = ctx->backend->upload(ctx, device, host, bytes);
+    if (!p->stale) p->stale = 1;
+    free(host);
+    return status;
 }
 
 const ladd_param *ladd_params_find(const ladd_params *p, const char *name) {
@@ -174,8 +239,15 @@ const ladd_param *ladd_params_find(const ladd_params *p, const char *name) {
 }
 
 void ladd_params_free(ladd_params *p) {
+    const ladd_context *ctx = &p->device;
+    if (ctx->backend) {
+        if (p->compute != (const ladd_act *)p->data) ctx->backend->release(ctx, (void *)(uintptr_t)p->compute);
+        ctx->backend->release(ctx, p->data);
+        if (p->grad) ctx->backend->release(ctx, p->grad);
+    } else {
+        free(p->data);
+        free(p->grad);
+    }
     free(p->table);
-    free(p->data);
-    free(p->grad);
     *p = (ladd_params){0};
 }

@@ -37,6 +37,10 @@ const char *ladd_last_error(void);
 
 /* ---- context --------------------------------------------------------------------------------------------------------- */
 
+/* What activations and working copies of weights are stored as. The CPU computes in LADD_F32. Sums, statistics, gradients of parameters, masters and
+ * moments are float everywhere. */
+typedef enum { LADD_F32 = 0, LADD_BF16, LADD_F16 } ladd_dtype;
+
 /* An element of the compute type: float on the CPU. Layers and models never index it or add to such a pointer (on a device it may be two
  * bytes wide): they step with ladd_at(). Only kernels look inside. */
 typedef float ladd_act;
@@ -45,6 +49,8 @@ typedef struct ladd_backend ladd_backend; /* the table of kernels, backend.h */
 
 typedef struct ladd_context {
     const ladd_backend *backend;
+    void *state;                        /* the backend's own: a struct ladd_cuda_state (cuda/device.h); NULL on the CPU */
+    ladd_dtype act;                     /* the compute type */
     size_t act_size;                    /* bytes of one ladd_act on this backend */
     int (*interrupted)(void *argument); /* asked between layers; nonzero stops with LADD_ERR_INTERRUPTED; may be NULL */
     void *interrupt_argument;
@@ -97,14 +103,22 @@ typedef struct ladd_params {
     ladd_param *table;
     int n, room;
     int64_t size, trainable; /* elements in all; elements that train */
-    float *data;             /* [size] */
+    float *data;             /* [size] masters, where the model computes */
     float *grad;             /* [trainable], NULL until ladd_params_need_grad */
+    const ladd_act *compute; /* [size] what layers read: data itself, or its copy in the compute type */
+    int stale;               /* 1: data was written since the copy was made; 2: it may be written at any time (its memory was handed out) */
+    ladd_context device;     /* where data, grad and compute live; backend NULL: host memory */
 } ladd_params;
 
 /* Build: add every entry (trainable ones first), then allocate. add returns the entry's offset, or -1 (error recorded). */
 int64_t ladd_params_add(ladd_params *p, int trainable, const char *name, int ndim, const int64_t *shape);
-ladd_status ladd_params_allocate(ladd_params *p);                           /* zero-filled, 64-byte aligned */
-ladd_status ladd_params_need_grad(ladd_params *p);                          /* zero-filled on first call */
+ladd_status ladd_params_allocate(ladd_params *p);                       /* zero-filled, 64-byte aligned */
+ladd_status ladd_params_need_grad(ladd_params *p);                      /* zero-filled on first call */
+ladd_status ladd_params_place(const ladd_context *ctx, ladd_params *p); /* moves data to the context's device; on the CPU nothing */
+/* At the head of every forward: an error unless ctx is where the model lives; brings `compute` up to date. */
+ladd_status ladd_params_ready(const ladd_context *ctx, ladd_params *p);
+/* Runs task(argument) while `data` is a host copy, and writes it back: for what is computed once on the host (initial values). */
+ladd_status ladd_params_on_host(ladd_params *p, ladd_status (*task)(void *argument), void *argument);
 const ladd_param *ladd_params_find(const ladd_params *p, const char *name); /* NULL if absent */
 void ladd_params_free(ladd_params *p);
 

@@ -16,9 +16,11 @@ LADD_KERNELS(LADD_PROTOTYPE)
 #undef LADD_PROTOTYPE
 #endif
 
-/* dispatch.c: aligned blocks for the table's alloc and release. */
-ladd_status ladd_cpu_alloc(void **block, size_t bytes);
-void ladd_cpu_release(void *block);
+/* dispatch.c: aligned blocks for the table's alloc and release; its upload, download, to_act and to_float, which are copies here. */
+ladd_status ladd_cpu_alloc(LADD_CTX, void **block, size_t bytes);
+void ladd_cpu_release(LADD_CTX, void *block);
+ladd_status ladd_cpu_move(LADD_CTX, void *to, const void *from, size_t bytes);
+ladd_status ladd_cpu_convert(LADD_CTX, float *y, const float *x, int64_t n);
 
 /* Runs task(argument, i) for i in [0, n) on the pool and returns when all are done. How work is cut into tasks must depend on shapes only, never on
  * the number of threads, and no two tasks may write the same element: that is what makes results the same bits for any number of threads.

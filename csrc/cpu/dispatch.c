@@ -33,10 +33,22 @@ const ladd_backend *ladd_cpu_backend(void) {
     return chosen;
 }
 
-ladd_status ladd_cpu_alloc(void **block, size_t bytes) {
+ladd_status ladd_cpu_alloc(LADD_CTX, void **block, size_t bytes) {
+    (void)ctx;
     size_t rounded = (bytes + 63) & ~(size_t)63;
     *block = rounded < bytes ? NULL : aligned_alloc(64, rounded ? rounded : 64);
     return *block ? LADD_OK : ladd_fail(LADD_ERR_MEMORY, "out of memory: expected %zu bytes, the system has none left", bytes);
 }
 
-void ladd_cpu_release(void *block) { free(block); }
+void ladd_cpu_release(LADD_CTX, void *block) {
+    (void)ctx;
+    free(block);
+}
+
+ladd_status ladd_cpu_move(LADD_CTX, void *to, const void *from, size_t bytes) {
+    (void)ctx;
+    memcpy(to, from, bytes);
+    return LADD_OK;
+}
+
+ladd_status ladd_cpu_convert(LADD_CTX, float *y, const float *x, int64_t n) { return ladd_cpu_move(ctx, y, x, (size_t)n * sizeof *y); }

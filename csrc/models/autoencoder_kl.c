@@ -369,7 +369,8 @@ static ladd_status op_backward(const ladd_context *ctx, ladd_act *dx, ladd_act *
 
 static ladd_status run(const ladd_context *ctx, ladd_act *output, ladd_vae_saved *s, const ladd_act *input, ladd_image_size size, int keep) {
     const vae_part *part = s->part;
-    ladd_weights w = {.data = s->model->params.data};
+    ladd_weights w = {.data = s->model->params.compute};
+    LADD_TRY(ladd_params_ready(ctx, &s->model->params));
     take(ctx, s, size, keep);
     LADD_TRY(ladd_arena_reserve(ctx, &s->arena));
     take(ctx, s, size, keep);
@@ -440,7 +441,7 @@ ladd_status ladd_vae_backward(const ladd_context *ctx, ladd_act *dinput, ladd_va
     ladd_params *p = &saved->model->params;
     if (params) LADD_TRY(ladd_params_need_grad(p));
     saved->spent = 1;
-    ladd_weights w = {.data = p->data, .grad = params ? p->grad : NULL};
+    ladd_weights w = {.data = p->compute, .grad = params ? p->grad : NULL};
     const ladd_act *dy = doutput;
     for (int i = saved->part->n - 1; i >= 0; i--) {
         LADD_TRY(ladd_check_interrupt(ctx));

@@ -254,7 +254,8 @@ static ladd_status run_forward(const ladd_context *ctx, ladd_act *const *logits,
                                const float *sigma, const ladd_act *pooled, int keep, int update_u) {
     ladd_disc *m = s->model;
     const ladd_head_sizes *z = &s->sizes;
-    const ladd_weights w = {.data = (const ladd_act *)m->params.data};
+    LADD_TRY(ladd_params_ready(ctx, &m->params));
+    const ladd_weights w = {.data = m->params.compute};
     if (m->config.condition_sigma) {
         LADD_K(ctx, timestep_features, s->time, sigma, z->B, DISC_TIME_FEATURES);
         LADD_TRY(ladd_embedder_forward(ctx, s->embedded, s->time_h, s->time_a, s->time, &w, &m->embedder, z->B, DISC_TIME_FEATURES, z->K));
@@ -308,7 +309,7 @@ ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatur
     ladd_disc *m = saved->model;
     const ladd_head_sizes *z = &saved->sizes;
     if (params) LADD_TRY(ladd_params_need_grad(&m->params));
-    const ladd_weights w = {.data = (const ladd_act *)m->params.data, .grad = params ? m->params.grad : NULL};
+    const ladd_weights w = {.data = m->params.compute, .grad = params ? m->params.grad : NULL};
     int embedded = params && m->config.condition_sigma;
     if (embedded) LADD_K(ctx, zero, saved->dembedded, (int64_t)z->B * z->K);
     for (int i = 0; i < m->config.n_taps; i++) {

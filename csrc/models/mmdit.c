@@ -315,7 +315,8 @@ static ladd_status run_forward(const ladd_context *ctx, ladd_act *velocity, ladd
                                const ladd_act *latents, const float *sigma, const ladd_act *context, const ladd_act *pooled) {
     ladd_mmdit *m = s->model;
     const ladd_mmdit_config *c = &m->config;
-    const ladd_weights w = {.data = m->params.data};
+    LADD_TRY(ladd_params_ready(ctx, &m->params));
+    const ladd_weights w = {.data = m->params.compute};
     int D = m->D, p2 = c->patch_size * c->patch_size;
     int64_t image = (int64_t)s->B * s->N * D;
     if (s->context) {
@@ -462,7 +463,7 @@ ladd_status ladd_mmdit_backward(const ladd_context *ctx, ladd_act *dlatents, lad
     if (s->used) return ladd_fail(LADD_ERR_RUNTIME, "one backward a forward expected; this one's saved memory was used already");
     if (params) LADD_TRY(ladd_params_need_grad(&m->params));
     s->used = 1;
-    const ladd_weights w = {.data = m->params.data, .grad = params ? m->params.grad : NULL};
+    const ladd_weights w = {.data = m->params.compute, .grad = params ? m->params.grad : NULL};
     int64_t image = (int64_t)s->B * s->N * m->D;
     if (!params && !dpooled) s->dmod = NULL; /* a frozen model asked for its inputs only: no gradient of the modulations */
     if (s->dmod) LADD_K(ctx, zero, s->dmod, (int64_t)s->B * s->mod_rows);
