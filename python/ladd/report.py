@@ -186,7 +186,8 @@ def _thin(line: Sequence[tuple[float, float]], most: int = 600) -> Sequence[tupl
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6169; --line: #dfe2e6; --paper: #ffffff; --card: #f6f7f9; --mark: #fff3d6; --edge: #d99a00;
-        --c0: #2463c9; --c1: #cf5b17; --c2: #14806b; --c3: #8a3fb0; }
+        --c0: #2463c9; --c1: #cf5b17; --c2: #14806b; --c3: #8a3fb0;
+        --cell: clamp(64px, calc(7.6vw - 8px), 96px); }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #a0a7b0; --line: #343a42; --paper: #14171b; --card: #1d2126; --mark: #3a3015; --edge: #e0ac2b;
           --c0: #78aaff; --c1: #ff9a5c; --c2: #52cfb4; --c3: #d394f5; } }
@@ -209,10 +210,10 @@ thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-s
 tr:last-child td, tr:last-child th { border-bottom: 0; }
 tr.mark td, tr.mark th, tr.mark td:first-child, tr.mark th:first-child { background: var(--mark); }
 .pictures th, .pictures td { text-align: center; padding: 4px; }
-.pictures thead th { white-space: normal; font-weight: 400; font-size: 12.5px; line-height: 1.25; min-width: 96px; }
+.pictures thead th { white-space: normal; font-weight: 400; font-size: 12.5px; line-height: 1.25; min-width: var(--cell); }
 .pictures tbody th { text-align: left; font-weight: 600; padding: 5px 14px; }
 .pictures tbody th span { display: block; font-weight: 400; color: var(--soft); font-size: 12.5px; }
-.pictures img { display: block; width: 96px; height: 96px; margin: auto; border-radius: 6px; border: 1px solid var(--line); }
+.pictures img { display: block; width: var(--cell); height: var(--cell); margin: auto; border-radius: 6px; border: 1px solid var(--line); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 18px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
 figure h3 { font-size: 15px; margin: 0 0 4px; }
