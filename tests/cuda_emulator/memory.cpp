@@ -1,0 +1,279 @@
+/* The emulator's device memory and the run-time calls around it: copies, streams and events, which here do their work at once. */
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+
+namespace ladd_emulator {
+
+std::recursive_mutex lock;
+
+namespace {
+
+enum : size_t { RANGE = (size_t)1 << 40, PAGE = 4096, ALIGNMENT = 16 };
+constexpr unsigned char MARK = 0xa5;
+
+/* [mapping: marked bytes, data, at most 15 marked bytes][page without access]. A real device aligns to 256 bytes; kernels may count on 16. */
+struct Buffer {
+    char *mapping, *data;
+    size_t mapped, bytes;
+};
+
+char *range;
+size_t range_used;
+std::vector<Buffer> buffers;
+size_t bytes_used, bytes_most = getenv("LADD_EMULATOR_MEMORY") ? strtoull(getenv("LADD_EMULATOR_MEMORY"), nullptr, 10) : (size_t)8 << 30;
+int host_access;
+cudaError_t last_error;
+std::string last_text;
+
+void protect(int rights) {
+    for (const Buffer &b : buffers) mprotect(b.mapping, b.mapped, rights);
+}
+
+Buffer *find(const void *pointer) {
+    for (Buffer &b : buffers)
+        if (pointer >= b.data && pointer < b.data + std::max<size_t>(b.bytes, 1)) return &b;
+    return nullptr;
+}
+
+std::string name_of(const Buffer &b) {
+    return "the buffer of " + std::to_string(b.bytes) + " bytes, number " + std::to_string(&b - buffers.data());
+}
+
+} // namespace
+
+cudaError_t set_error(cudaError_t error, const std::string &text) {
+    last_error = error;
+    last_text = text;
+    return error;
+}
+
+HostAccess::HostAccess() {
+    lock.lock();
+    if (host_access++ == 0) protect(PROT_READ | PROT_WRITE);
+}
+HostAccess::~HostAccess() {
+    if (--host_access == 0) protect(PROT_NONE);
+    lock.unlock();
+}
+
+/* One past the end counts: an empty slice is a legal argument. */
+bool in_device(const void *pointer) {
+    if (!pointer) return true;
+    for (const Buffer &b : buffers)
+        if (pointer >= b.data && pointer <= b.data + b.bytes) return true;
+    return false;
+}
+
+void Snapshot::take() {
+    size_t total = 0;
+    for (const Buffer &b : buffers) total += b.bytes;
+    bytes.resize(total);
+    char *to = bytes.data();
+    for (const Buffer &b : buffers) {
+        memcpy(to, b.data, b.bytes);
+        to += b.bytes;
+    }
+}
+
+void Snapshot::restore() const {
+    const char *from = bytes.data();
+    for (const Buffer &b : buffers) {
+        memcpy(b.data, from, b.bytes);
+        from += b.bytes;
+    }
+}
+
+std::string Snapshot::difference() const {
+    const char *was = bytes.data();
+    for (const Buffer &b : buffers) {
+        if (memcmp(was, b.data, b.bytes) != 0)
+            return "byte " + std::to_string(std::mismatch(was, was + b.bytes, b.data).first - was) + " of " + name_of(b);
+        was += b.bytes;
+    }
+    return "";
+}
+
+std::string damaged() {
+    for (const Buffer &b : buffers) {
+        for (char *p = b.mapping; p < b.data; p++)
+            if (*p != (char)MARK) return name_of(b) + ", " + std::to_string(b.data - p) + " bytes before it";
+        for (char *p = b.data + b.bytes; p < b.mapping + b.mapped; p++)
+            if (*p != (char)MARK) return name_of(b) + ", " + std::to_string(p - b.data - (ptrdiff_t)b.bytes) + " bytes after its end";
+    }
+    return "";
+}
+
+std::string describe(const char *at) {
+    if (!range || at < range || at >= range + RANGE) return "";
+    for (const Buffer &b : buffers)
+        if (at >= b.mapping - PAGE && at < b.mapping + b.mapped + PAGE)
+            return "device memory outside of " + name_of(b) + ", " + std::to_string(at - b.data) + " bytes from its start";
+    return "device memory that belongs to no buffer";
+}
+
+} // namespace ladd_emulator
+
+using namespace ladd_emulator;
+
+cudaError_t cudaMalloc(void **block, size_t bytes) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    *block = nullptr;
+    if (!range) {
+        void *reserved = mmap(nullptr, RANGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (reserved == MAP_FAILED) return set_error(cudaErrorMemoryAllocation, "");
+        range = static_cast<char *>(reserved);
+    }
+    Buffer b;
+    b.bytes = bytes;
+    const size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    b.mapped = (rounded + 16 * ALIGNMENT + PAGE - 1) / PAGE * PAGE;
+    if (bytes > bytes_most - bytes_used || range_used + b.mapped + 2 * PAGE > RANGE) return set_error(cudaErrorMemoryAllocation, "");
+    /* Addresses are not used again: a pointer to a freed buffer stays wrong. */
+    b.mapping = range + range_used + PAGE;
+    range_used += b.mapped + PAGE;
+    if (mprotect(b.mapping, b.mapped, PROT_READ | PROT_WRITE) != 0) return set_error(cudaErrorMemoryAllocation, "");
+    b.data = b.mapping + b.mapped - rounded;
+    memset(b.mapping, MARK, b.mapped);
+    memset(b.data, 0xff, bytes);
+    if (!host_access) mprotect(b.mapping, b.mapped, PROT_NONE);
+    buffers.push_back(b);
+    bytes_used += bytes;
+    *block = b.data;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *block) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    if (!block) return cudaSuccess;
+    for (size_t i = 0; i < buffers.size(); i++)
+        if (buffers[i].data == block) {
+            bytes_used -= buffers[i].bytes;
+            mmap(buffers[i].mapping, buffers[i].mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+            buffers.erase(buffers.begin() + (ptrdiff_t)i);
+            return cudaSuccess;
+        }
+    return set_error(cudaErrorInvalidValue, "");
+}
+
+cudaError_t cudaMallocAsync(void **block, size_t bytes, cudaStream_t) { return cudaMalloc(block, bytes); }
+cudaError_t cudaFreeAsync(void *block, cudaStream_t) { return cudaFree(block); }
+cudaError_t cudaMallocHost(void **block, size_t bytes) {
+    *block = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    return *block || !bytes ? cudaSuccess : set_error(cudaErrorMemoryAllocation, "");
+}
+cudaError_t cudaHostAlloc(void **block, size_t bytes, unsigned) { return cudaMallocHost(block, bytes); }
+cudaError_t cudaFreeHost(void *block) {
+    free(block);
+    return cudaSuccess;
+}
+
+/* Both ends must lie in one buffer. */
+static bool good_range(const void *pointer, size_t bytes) {
+    const Buffer *b = find(pointer);
+    return b && (const char *)pointer + bytes <= b->data + b->bytes;
+}
+static bool is_device(const void *pointer) { return range && pointer >= range && pointer < range + RANGE; }
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+    HostAccess access;
+    if (!bytes) return cudaSuccess;
+    const bool to_device = is_device(to), from_device = is_device(from);
+    const bool kind_fits = kind == cudaMemcpyDefault || (to_device == (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) &&
+                                                         from_device == (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice));
+    if (!kind_fits || (to_device && !good_range(to, bytes)) || (from_device && !good_range(from, bytes)))
+        return set_error(cudaErrorInvalidValue, "a copy of " + std::to_string(bytes) + " bytes beyond a buffer, or with the wrong direction");
+    memmove(to, from, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) { return cudaMemcpy(to, from, bytes, kind); }
+cudaError_t cudaMemset(void *to, int value, size_t bytes) {
+    HostAccess access;
+    if (!bytes) return cudaSuccess;
+    if (!good_range(to, bytes)) return set_error(cudaErrorInvalidValue, "a fill of " + std::to_string(bytes) + " bytes beyond a buffer");
+    memset(to, value, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
+cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
+    *free = bytes_most - bytes_used;
+    *total = bytes_most;
+    return cudaSuccess;
+}
+
+struct ladd_emulator_stream {};
+struct ladd_emulator_event {};
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    *stream = new ladd_emulator_stream;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    delete stream;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
+    *event = new ladd_emulator_event;
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_error(cudaErrorInvalidDevice, ""); }
+cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = 4; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+
+const char *cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "cudaSuccess";
+        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+        case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+        case cudaErrorNoDevice: return "cudaErrorNoDevice";
+        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+        case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+        case cudaErrorNotReady: return "cudaErrorNotReady";
+        case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
+        case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    }
+    return "cudaErrorUnknown";
+}
+const char *cudaGetErrorString(cudaError_t error) { return error == last_error && !last_text.empty() ? last_text.c_str() : cudaGetErrorName(error); }
+cudaError_t cudaGetLastError() {
+    const cudaError_t error = last_error;
+    last_error = cudaSuccess;
+    return error;
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
