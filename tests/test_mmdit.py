@@ -219,7 +219,6 @@ def test_save_and_load_give_the_same_bits(name: str, tmp_path: Path) -> None:
     again = ladd.MMDiT.from_pretrained(tmp_path)
     assert again.config == model.config
     _, (latents, *others) = arguments(name)
-    latents = latents[:, :, :6, :6].copy()  # whole patches, which the public class insists on
     assert same_bits(again(latents, *others), model(latents, *others))
     assert all(same_bits(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 

@@ -108,8 +108,13 @@ def test_bad_models() -> None:
 
 
 def test_rows_that_do_not_fill_a_patch_are_left_out() -> None:
-    out = MODEL(normal(7, 2, 4, 7, 9), 0.5, CONTEXT, POOLED)
+    latents = normal(7, 2, 4, 7, 9)
+    out, pullback = MODEL.vjp(latents, 0.5, CONTEXT, POOLED)
     assert out.shape == (2, 4, 6, 8)
+    assert same_bits(out, MODEL(latents, 0.5, CONTEXT, POOLED)) and same_bits(out, MODEL(latents[:, :, :6, :8].copy(), 0.5, CONTEXT, POOLED))
+    gradient = pullback(np.ones_like(out), params=False).latents
+    assert gradient.shape == latents.shape and gradient[:, :, :6, :8].any()
+    assert not gradient[:, :, 6:].any() and not gradient[:, :, :, 8:].any()
 
 
 def test_seeds_give_different_models_and_the_same_twice() -> None:

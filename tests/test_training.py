@@ -178,6 +178,7 @@ def test_bad_input_changes_nothing() -> None:
     for arguments, message in (
         ((bad, context, pooled), "finite"),
         ((z[:, :3], context, pooled), r"latents must have shape \[B, 4, H, W\]"),
+        ((z[..., :-1], context, pooled), r"latents must have H and W that are multiples of patch_size = 2"),
         ((z, context[:3], pooled), "context must have shape"),
         ((z, context, pooled[:, :4]), "pooled must have shape"),
     ):

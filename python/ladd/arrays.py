@@ -25,6 +25,15 @@ def as_float32(value: Any, name: str, shape: Sequence[int | str | None] | None =
     return result
 
 
+def as_mask(value: Any) -> Array:
+    """A mask of any shape as float32 in [0, 1]; booleans count as 0 and 1."""
+    boolean = isinstance(value, np.ndarray) and value.dtype == np.bool_
+    array = as_float32(value.astype(np.float32) if boolean else value, "mask", finite=True)
+    if array.size and (array.min() < 0 or array.max() > 1):
+        raise ValueError(f"mask must be in [0, 1], got values from {array.min():g} to {array.max():g}")
+    return array
+
+
 def check_shape(given: Sequence[int], name: str, expected: Sequence[int | str | None]) -> None:
     """Raises unless `given` has the expected rank and the expected sizes where `expected` has numbers."""
     if len(given) != len(expected) or any(isinstance(e, int) and e != g for e, g in zip(expected, given)):

@@ -102,7 +102,10 @@ def _add_sample(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("prompt", nargs="+", help="one picture, or --num pictures, each")
     sub.add_argument("--model", default="openmoji", metavar="PATH", help='a pipeline folder, or "openmoji" (default)')
     sub.add_argument("--which", metavar="NAME", help='"student" or "teacher" (default: the folder\'s own)')
-    sub.add_argument("--steps", type=int, help="default: the model's own")
+    sub.add_argument("--image", type=Path, metavar="PATH", help="a picture to start from")
+    sub.add_argument("--strength", type=float, metavar="S", help="with --image: how far from it, 0 to 1 (default: 0.6; 1 with --mask)")
+    sub.add_argument("--mask", type=Path, metavar="PATH", help="with --image: a picture that is white where it is painted anew")
+    sub.add_argument("--steps", type=int, help="default: the model's own (at least 4 with --image)")
     sub.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's own; 1 is off")
     sub.add_argument("--negative-prompt", default="", metavar="TEXT")
     sub.add_argument("--method", choices=("euler", "renoise"), help="default: the model's own")
@@ -162,9 +165,16 @@ def _sample(options: argparse.Namespace) -> None:
     # A name that ends in another picture type would become a folder without a word.
     if options.out.suffix not in ("", ".png"):
         raise ValueError(f"--out must be a .png file or a folder, got {options.out}")
+    for name in ("strength", "mask"):
+        if getattr(options, name) is not None and options.image is None:
+            raise ValueError(f"--{name} needs --image, the picture to change")
+    image, mask = (None if path is None else _open_picture(path) for path in (options.image, options.mask))
     pipe = Pipeline.from_pretrained(options.model, model=options.which)
     result = pipe(
         options.prompt,
+        image=image,
+        strength=options.strength,
+        mask=mask,
         steps=options.steps,
         guidance_scale=options.guidance_scale,
         seed=options.seed,
@@ -185,6 +195,19 @@ def _sample(options: argparse.Namespace) -> None:
         path = options.out / f"{i:05d}-seed{result.seeds[i]}.png"
         image.save(path)
         print(path)
+
+
+def _open_picture(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no picture {path}") from None
+    except Exception as error:  # Pillow's readers raise all kinds of errors on damaged files
+        raise ValueError(f"{path} is not a readable picture: {error}") from None
+    return picture
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ Layout: model_index.json, one folder a transformer (student/, teacher/ or transf
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from . import sampling
+from . import pictures, sampling
 from .arrays import Array, seeds_for
 from .config import check_keys, from_dict, load_json, to_dict
 from .models import AutoencoderKL, MMDiT
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 TRANSFORMER_CLASS = "SD3Transformer2DModel"
+IMAGE_STRENGTH, IMAGE_STEPS = 0.6, 4  # with image=: the default, and the least number of steps that are chosen unasked
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,18 @@ def grid(images: Sequence[Image], columns: int | None = None) -> Image:
 
 
 class Pipeline:
-    """Text to image. A picture depends on its prompt, its own seed and the settings, not on what else is in its batch."""
+    """Text, or text and a picture, to image. A result depends on its prompt, its own seed and the settings, not on what else is in its batch.
+
+    The transformer takes C channels of the autoencoder's latents, or 2 C + 1 (an inpainting transformer: noisy latents, mask, masked picture).
+    """
 
     def __init__(self, model: MMDiT, vae: AutoencoderKL, text: WordEncoder, settings: SamplerSettings | None = None) -> None:
         settings = settings or SamplerSettings()
+        channels = vae.config.latent_channels
+        self.inpainting = model.config.in_channels == 2 * channels + 1
         pairs = (
-            ("latent channels", model.config.in_channels, vae.config.latent_channels),
+            ("latent channels", model.config.in_channels, 2 * channels + 1 if self.inpainting else channels),
+            ("latent channels out", model.config.out_channels, channels),
             ("context width", model.config.joint_attention_dim, text.context_dim),
             ("pooled width", model.config.pooled_projection_dim, text.pooled_dim),
         )
@@ -141,6 +149,9 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
@@ -154,8 +165,14 @@ class Pipeline:
     ) -> PipelineOutput:
         """Pictures of one or more prompts; those of one prompt follow each other.
 
-        steps, guidance_scale, method, sigmas: None takes the model's own. seed: one an image, or an integer n for n, n + 1, ...
-        size: (height, width) in pixels. batch_size: pictures that are computed at once; the pictures do not depend on it.
+        image     a picture to start from, for all or one an image: PIL (resized to `size`; what is transparent becomes white), uint8
+                  [H,W,3], or float [3,H,W] in [-1, 1]; also a list of them, or one array with a batch in front
+        strength  share of the steps that are run from the noised picture (default 0.6; 1: the picture is only a mask's surroundings)
+        mask      PIL or [H,W] like image: 1 (white) where the picture is painted anew; the rest of the result is the picture itself. The
+                  default strength is then 1
+        steps, guidance_scale, method, sigmas: None takes the model's own (with an image at least 4 steps: one has no share to run).
+        seed: one an image, or an integer n for n, n + 1, ... size: (height, width) in pixels; None: that of an array, else the model's own.
+        batch_size: pictures that are computed at once; the pictures do not depend on it.
         """
         if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {num_images_per_prompt!r}")
@@ -168,11 +185,13 @@ class Pipeline:
         seeds = seeds_for(seed, len(prompts))
         if sigmas is not None and steps is not None:
             raise ValueError(f"give either steps or sigmas, got steps={steps} and {len(sigmas)} sigmas")
-        times = self.settings.list_for(self.settings.steps if steps is None else steps) if sigmas is None else sampling.check_sigmas(sigmas)
+        if steps is None:
+            steps = self.settings.steps if image is None or self.inpainting else max(self.settings.steps, IMAGE_STEPS)
+        times = self.settings.list_for(steps) if sigmas is None else sampling.check_sigmas(sigmas)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         context, pooled = self.text.encode(prompts)
         negative = self.text.encode([negative_prompt]) if scale > 1 else None
-        latent_size = self._latent_size(size)
+        source = self._source(image, strength, mask, size, len(prompts), times)
         latents, images = [], []
         for start in _chunks(len(prompts), batch_size, progress):
             part = slice(start, start + batch_size)
@@ -180,7 +199,7 @@ class Pipeline:
                 self.model,
                 context[part],
                 pooled[part],
-                size=latent_size,
+                **source.arguments(part),
                 sigmas=times,
                 method=self.settings.method if method is None else method,
                 guidance_scale=scale,
@@ -188,8 +207,49 @@ class Pipeline:
                 seeds=seeds[part],
             )
             latents.append(x)
-            images.extend(to_images(self.vae.decode(x)))
+            images.extend(to_images(source.keep(self.vae.decode(x), part)))
         return PipelineOutput(images, np.concatenate(latents), prompts, seeds, times)
+
+    def _source(self, image: Any, strength: float | None, mask: Any, size: Any, count: int, times: Array) -> _Source:
+        """What sampling starts from: a size, or a picture, its mask and their latents."""
+        if image is None:
+            for name, value in (("strength", strength), ("mask", mask)):
+                if value is not None:
+                    raise ValueError(f"{name} needs image, the picture to change")
+            if self.inpainting:
+                raise ValueError("this pipeline has an inpainting transformer: it needs image and mask")
+            return _Source(self._latent_size(size))
+        if self.inpainting and mask is None:
+            raise ValueError("this pipeline has an inpainting transformer: image needs mask")
+        own = pictures.size_of(image)
+        height, width = (f * self.vae.config.spatial_factor for f in self._latent_size(own if size is None else size))
+        picture = pictures.load(image, (height, width), count)
+        if strength is None:
+            strength = IMAGE_STRENGTH if mask is None else 1.0
+        elif isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+            raise ValueError(f"strength must be a number in [0, 1], got {strength!r}")
+        steps = len(times) - 1
+        if mask is None and times[sampling.first_step(steps, strength)] == 1:
+            warnings.warn(
+                f"{steps} steps at strength {strength:g} start from pure noise: the picture has no influence (more steps, or a lower strength)",
+                UserWarning, stacklevel=3,
+            )  # fmt: skip
+        return self._encoded(picture, None if mask is None else pictures.load_mask(mask, (height, width)), strength)
+
+    def _encoded(self, picture: Array, mask: Array | None, strength: float) -> _Source:
+        factor = self.vae.config.spatial_factor
+        source = _Source((picture.shape[2] // factor, picture.shape[3] // factor), picture, mask, strength)
+        if mask is not None:
+            source.latent_mask = np.ascontiguousarray(mask[::factor, ::factor])  # the nearest pixel, as diffusers has it
+            if not source.latent_mask.any():
+                raise ValueError(f"mask must be 1 in at least one of the latents' pixels, every {factor}th of the picture, got none")
+        if not self.inpainting or strength < 1:
+            source.latents = self.vae.encode(picture)
+        else:
+            source.strength = None
+        if self.inpainting and mask is not None:
+            source.masked_latents = self.vae.encode(picture * (mask < 0.5))
+        return source
 
     def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         c, factor = self.model.config, self.vae.config.spatial_factor
@@ -202,6 +262,31 @@ class Pipeline:
         ):
             raise ValueError(f"size must be (height, width), multiples of {multiple} up to {most} pixels, got {size!r}")
         return size[0] // factor, size[1] // factor
+
+
+@dataclass
+class _Source:
+    """What one call samples from. Arrays have batch 1 or that of the call; only a size for text alone."""
+
+    size: tuple[int, int]
+    picture: Array | None = None  # [B,3,H,W] in [-1, 1]
+    mask: Array | None = None  # [H,W], 1 where it is painted anew
+    strength: float | None = None
+    latents: Array | None = None
+    latent_mask: Array | None = None
+    masked_latents: Array | None = None
+
+    def arguments(self, part: slice) -> dict[str, Any]:
+        """Those of ladd.sample, for some rows of the call."""
+        arrays = {"latents": self.latents, "masked_latents": self.masked_latents}
+        rows = {name: a if a is None or len(a) == 1 else a[part] for name, a in arrays.items()}
+        return {"size": self.size, "strength": self.strength, "mask": self.latent_mask, **rows}
+
+    def keep(self, images: Array, part: slice) -> Array:
+        """The decoded images with the picture's own pixels where the mask is 0."""
+        if self.mask is None or self.picture is None:
+            return images
+        return np.where(self.mask > 0, images, self.picture if len(self.picture) == 1 else self.picture[part])
 
 
 def _chunks(count: int, batch_size: int, progress: bool) -> Any:

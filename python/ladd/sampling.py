@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, _purposes
-from .arrays import Array, as_float32, seeds_for
+from .arrays import Array, as_float32, as_mask, seeds_for
 
 Model = Callable[..., Array]  # (latents, sigma, context, pooled, skip_layers=()) -> velocity
 METHODS = ("euler", "renoise")
@@ -65,6 +65,11 @@ def check_sigmas(values: Any) -> Array:
     if array.size < 2 or array[-1] != 0 or array[0] > 1 or not (np.diff(array) < 0).all():
         raise ValueError(f"sigmas must descend from at most 1 to 0, at least two numbers, got {array.tolist()}")
     return array
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step from which `strength` of `steps` are run, rounded as diffusers does."""
+    return int(max(steps - min(steps * strength, steps), 0))
 
 
 # ---- noise --------------------------------------------------------------------------------------------------------
@@ -170,6 +175,7 @@ def iterate(
     latents: Any = None,
     strength: float | None = None,
     mask: Any = None,
+    masked_latents: Any = None,
     rng: Literal["philox", "torch"] = "philox",
 ) -> Iterator[State]:
     """Samples step by step. All arguments are checked before the first step; each step yields a State.
@@ -185,9 +191,14 @@ def iterate(
     latents          the noise to start from; with `strength` or `mask` a picture's clean latents (scaled as the model sees them)
     strength         in [0, 1]: share of the steps that are run, on the picture noised to where they begin
     mask             [H,W] or broadcast to [B,1,H,W], 1 where the picture is painted anew; elsewhere it is kept
+    masked_latents   [B,C,H,W] or batch 1, only for an inpainting transformer (2 C + 1 channels in, C out): the latents of the picture
+                     whose masked part is grey. It is fed [x, mask, masked_latents] and keeps the rest by itself: then `latents` are a
+                     picture's with strength only
     rng              "philox", or "torch" for the numbers that PyTorch's CPU generator would give
     """
-    run = _Run(model, context, pooled, size, sigmas, steps, method, guidance_scale, negative, seeds, latents, strength, mask, rng)
+    run = _Run(
+        model, context, pooled, size, sigmas, steps, method, guidance_scale, negative, seeds, latents, strength, mask, masked_latents, rng
+    )
     return run.states()
 
 
@@ -206,11 +217,14 @@ def sample(
     latents: Any = None,
     strength: float | None = None,
     mask: Any = None,
+    masked_latents: Any = None,
     rng: Literal["philox", "torch"] = "philox",
     callback: Callable[[State], object] | None = None,
 ) -> Array:
     """Latents [B,C,H,W] at the end of `iterate`, which explains the arguments. callback is called with each State."""
-    run = _Run(model, context, pooled, size, sigmas, steps, method, guidance_scale, negative, seeds, latents, strength, mask, rng)
+    run = _Run(
+        model, context, pooled, size, sigmas, steps, method, guidance_scale, negative, seeds, latents, strength, mask, masked_latents, rng
+    )
     for state in run.states():
         if callback is not None:
             callback(state)
@@ -235,6 +249,7 @@ class _Run:
         latents: Any,
         strength: float | None,
         mask: Any,
+        masked_latents: Any,
         rng: str,
     ) -> None:
         self.model = model
@@ -251,8 +266,8 @@ class _Run:
         self.sigmas = self._times(given_sigmas, steps)
         self._guidance(guidance_scale, negative)
         self.noise = (PhiloxNoise if rng == "philox" else TorchNoise)(seeds_for(seeds, batch))
-        shape = self._shape(size, latents, batch)
-        self._start(latents, strength, mask, shape)
+        shape = self._shape(size, latents, masked_latents, batch)
+        self._start(latents, strength, mask, masked_latents, shape)
 
     def _times(self, given: Any, steps: int | None) -> Array:
         if (given is None) == (steps is None):
@@ -279,69 +294,93 @@ class _Run:
                 raise ValueError(f"{name} must have shape {[f'1 or {like.shape[0]}', *like.shape[1:]]}, got {list(array.shape)}")
         self.context, self.pooled = joined
 
-    def _shape(self, size: tuple[int, int] | None, latents: Any, batch: int) -> tuple[int, int, int]:
+    def _shape(self, size: tuple[int, int] | None, latents: Any, masked_latents: Any, batch: int) -> tuple[int, int, int]:
+        """C, H, W of what is sampled, from the model's configuration and the arrays that are given."""
         config = getattr(self.model, "config", None)
-        channels = getattr(config, "in_channels", None)
-        given = getattr(config, "out_channels", None)
-        if channels != given:
-            raise ValueError(f"to be sampled from, a model must give as many channels as it takes, got {given} from {channels}")
-        if latents is not None:
-            shape = as_float32(latents, "latents", ("B", "C" if channels is None else channels, "H", "W")).shape
+        channels = getattr(config, "out_channels", None)
+        taken = getattr(config, "in_channels", None)
+        if channels is not None and masked_latents is None and taken != channels:
+            raise ValueError(
+                f"to be sampled from, a model must give as many channels as it takes, got {channels} from {taken}"
+                + ("; an inpainting transformer needs mask and masked_latents" if taken == 2 * channels + 1 else "")
+            )
+        if channels is not None and masked_latents is not None and taken != 2 * channels + 1:
+            raise ValueError(
+                f"masked_latents are for an inpainting transformer, which takes 2 C + 1 channels and gives C; "
+                f"this model takes {taken} and gives {channels}: leave them out, mask works with any model"
+            )
+        found: tuple[int, ...] | None = None
+        for value, name in ((latents, "latents"), (masked_latents, "masked_latents")):
+            if value is None:
+                continue
+            shape = as_float32(value, name, ("B", "C" if channels is None else channels, "H", "W"), finite=True).shape
             if shape[0] not in (1, batch):
-                raise ValueError(f"latents must have batch 1 or {batch} like context, got {shape[0]}")
+                raise ValueError(f"{name} must have batch 1 or {batch} like context, got {shape[0]}")
             if size is not None and tuple(size) != shape[2:]:
-                raise ValueError(f"size must be that of latents, {shape[2:]}, got {tuple(size)}")
-            return shape[1:]
-        if size is None or channels is None:
-            raise ValueError("size=(H, W) must be given" if channels is not None else "latents must be given for a model without a config")
-        if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in size):
-            raise ValueError(f"size must be (H, W), two integers of at least 1, got {size!r}")
-        return channels, int(size[0]), int(size[1])
+                raise ValueError(f"size must be that of {name}, {shape[2:]}, got {tuple(size)}")
+            if found is not None and found != shape[1:]:
+                raise ValueError(f"masked_latents must have the shape of latents, [B, {', '.join(map(str, found))}], got {list(shape)}")
+            found = shape[1:]
+        if found is None:
+            if size is None or channels is None:
+                raise ValueError("size=(H, W) must be given" if channels is not None else "latents must be given for a model without a config")
+            if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1 for n in size):
+                raise ValueError(f"size must be (H, W), two integers of at least 1, got {size!r}")
+            found = (channels, int(size[0]), int(size[1]))
+        patch = getattr(config, "patch_size", 1)
+        if found[1] % patch or found[2] % patch:
+            raise ValueError(f"size must be multiples of the model's patch_size = {patch}, got {found[1]} x {found[2]}")
+        return found[0], found[1], found[2]
 
-    def _start(self, latents: Any, strength: float | None, mask: Any, shape: tuple[int, int, int]) -> None:
+    def _start(self, latents: Any, strength: float | None, mask: Any, masked_latents: Any, shape: tuple[int, int, int]) -> None:
         """Sets the first latents, the times that are left, and what a mask needs."""
         batch = len(self.context) // (2 if self.guided else 1)
         given = None
         if latents is not None:
-            given = np.broadcast_to(as_float32(latents, "latents", finite=True), (batch, *shape))
+            given = np.broadcast_to(as_float32(latents, "latents"), (batch, *shape))
         self.mask: Array | None = None
         self.picture: Array | None = None  # the clean latents that a mask keeps
         self.first_noise: Array | None = None
-        if strength is None and mask is None:
+        self.beside: Array | None = None  # channels [mask, masked latents] that an inpainting transformer takes beside x
+        if masked_latents is not None:
+            if mask is None:
+                raise ValueError("masked_latents need mask: an inpainting transformer takes both")
+            masked = np.broadcast_to(as_float32(masked_latents, "masked_latents"), (batch, *shape))
+            self.beside = np.concatenate([self._mask(mask, (batch, 1, *shape[1:])), masked], axis=1)
+        blended = mask is not None and self.beside is None
+        if strength is None and not blended:
             if given is None and self.sigmas[0] < 0.99:
                 raise ValueError(f"sigmas must start at 1 when there are no latents to start from, got {self.sigmas[0]:g}")
             self.x = self.noise.start(shape) if given is None else given.copy()
             return
         if given is None:
-            raise ValueError(f"{'strength' if mask is None else 'mask'} needs latents, those of the picture to change")
+            raise ValueError(f"{'mask' if blended else 'strength'} needs latents, those of the picture to change")
         strength = 1.0 if strength is None else strength
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise ValueError(f"strength must be a number in [0, 1], got {strength!r}")
         steps = len(self.sigmas) - 1
-        self.sigmas = self.sigmas[int(max(steps - min(steps * strength, steps), 0)) :]
+        self.sigmas = self.sigmas[first_step(steps, strength) :]
         noise = self.noise.start(shape)
         self.x = _core.interpolate(np.ascontiguousarray(given), noise, np.full(batch, self.sigmas[0], np.float32))
-        if mask is not None:
+        if blended:
             self.mask = self._mask(mask, (batch, 1, *shape[1:]))
             self.picture, self.first_noise = np.ascontiguousarray(given), noise
 
     @staticmethod
     def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
-        array = as_float32(mask, "mask", finite=True)
+        array = as_mask(mask)
         try:
-            array = np.broadcast_to(array, shape)
+            return np.broadcast_to(array, shape)
         except ValueError:
             raise ValueError(f"mask must broadcast to {list(shape)}, got shape {list(array.shape)}") from None
-        if array.min() < 0 or array.max() > 1:
-            raise ValueError(f"mask must be in [0, 1], got values from {array.min():g} to {array.max():g}")
-        return array
 
     def _velocity(self, sigma: float) -> Array:
         batch = len(self.x)
+        x = self.x if self.beside is None else np.concatenate([self.x, self.beside], axis=1)
         if not self.guided:
-            v = self.model(self.x, np.full(batch, sigma, np.float32), self.context, self.pooled)
+            v = self.model(x, np.full(batch, sigma, np.float32), self.context, self.pooled)
         else:
-            both = self.model(np.concatenate([self.x, self.x]), np.full(2 * batch, sigma, np.float32), self.context, self.pooled)
+            both = self.model(np.concatenate([x, x]), np.full(2 * batch, sigma, np.float32), self.context, self.pooled)
             v = both[:batch] + self.scale * (both[batch:] - both[:batch])
         return as_float32(v, "the model's velocity", self.x.shape)
 

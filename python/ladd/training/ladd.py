@@ -157,6 +157,9 @@ class LADD:
     def _batch(self, latents: Any, context: Any, pooled: Any, noise: Any) -> tuple[Array, Array, Array, Array | None]:
         c = self.student.config
         z = as_float32(latents, "latents", ("B", c.in_channels, "H", "W"), finite=True)
+        patch = math.lcm(c.patch_size, self.teacher.config.patch_size)
+        if z.shape[2] % patch or z.shape[3] % patch:
+            raise ValueError(f"latents must have H and W that are multiples of patch_size = {patch}, got shape {list(z.shape)}")
         y = as_float32(context, "context", (len(z), "T", c.joint_attention_dim), finite=True)
         p = as_float32(pooled, "pooled", (len(z), c.pooled_projection_dim), finite=True)
         e = None if noise is None else as_float32(noise, "noise", z.shape, finite=True)
@@ -212,7 +215,8 @@ class LADD:
     def _paired(self, t: Array) -> NDArray[np.bool_]:
         """Which rows [B] start from the noise that the teacher's picture came from: those that pair_weight compares with this picture."""
         c = self.config
-        return np.full(len(t), c.pair_weight > 0 and c.pair_times == "all") | ((t == 1) & (c.pair_weight > 0))
+        paired: NDArray[np.bool_] = (t == 1) | (c.pair_times == "all")
+        return paired & (c.pair_weight > 0)
 
     def _features(self, noised: Array, t_hat: Array, part: Part, keep: bool) -> tuple[list[Array], Any]:
         taps = self.discriminator.config.taps
