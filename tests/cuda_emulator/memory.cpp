@@ -277,3 +277,8 @@ cudaError_t cudaGetLastError() {
     return error;
 }
 cudaError_t cudaPeekAtLastError() { return last_error; }
+
+/* For the tests: device memory by plain names. Nonzero: failed. */
+extern "C" int ladd_emulator_alloc(void **block, size_t bytes) { return cudaMalloc(block, bytes); }
+extern "C" int ladd_emulator_release(void *block) { return cudaFree(block); }
+extern "C" int ladd_emulator_copy(void *to, const void *from, size_t bytes) { return cudaMemcpy(to, from, bytes, cudaMemcpyDefault); }
