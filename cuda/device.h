@@ -12,7 +12,7 @@ extern "C" {
 
 /* Scratch of the kernels: one block a slot, grown on demand, kept. Work on one stream runs in order, so a kernel may use a slot again as soon as the
  * launch that read it was queued. A wrapper that is called by another wrapper takes another slot. */
-enum { LADD_CUDA_SLOTS = 4, LADD_CUDA_STAGES = 64, LADD_CUDA_STAGE_BYTES = 1 << 16 };
+enum { LADD_CUDA_SLOTS = 4, LADD_CUDA_RESULTS = 8, LADD_CUDA_PLANS = 4, LADD_CUDA_STAGES = 64, LADD_CUDA_STAGE_BYTES = 1 << 16 };
 
 typedef struct ladd_cuda_state {
     int index; /* of the device */
@@ -22,14 +22,17 @@ typedef struct ladd_cuda_state {
     cudaStream_t stream, own;
     void *scratch[LADD_CUDA_SLOTS];
     size_t scratch_bytes[LADD_CUDA_SLOTS];
+    void *scratch_graph[LADD_CUDA_SLOTS]; /* the graph that owns it, or NULL */
+    struct ladd_cuda_pool *pool;          /* device.cu: blocks handed out and kept */
+    void *capturing;                      /* the graph that is being recorded, or NULL */
     /* A ring of small pinned blocks and their places on the device; an event a slot says when it may be written again. */
     char *stage_host, *stage_device;
     cudaEvent_t stage_done[LADD_CUDA_STAGES];
     int stage_next;
     double *result;                     /* [8] pinned: numbers that a kernel hands to the host */
     int tf32;                           /* 1: f32 products may round their inputs to TF32 */
-    void *plans[4];                     /* caches of linear.cu, conv2d.cu, ...: each file owns one, see LADD_CUDA_PLANS_ */
-    void (*plans_free[4])(void *plans); /* set with it */
+    void *plans[LADD_CUDA_PLANS];                     /* caches of linear.cu, conv2d.cu, ...: each file owns one, see LADD_CUDA_PLANS_ */
+    void (*plans_free[LADD_CUDA_PLANS])(void *plans); /* set with it */
     ladd_status broken;                 /* not LADD_OK: an error that CUDA does not recover from came on this device */
 } ladd_cuda_state;
 enum { LADD_CUDA_PLANS_LINEAR = 0, LADD_CUDA_PLANS_ATTENTION, LADD_CUDA_PLANS_CONV };
@@ -48,14 +51,9 @@ ladd_status ladd_cuda_stage(const ladd_context *ctx, const void **device, const 
 /* Waits and copies `count` doubles from the device: losses and norms, the only numbers that the host waits for. */
 ladd_status ladd_cuda_result(const ladd_context *ctx, double *host, const double *device, int count);
 
-/* libraries.c: an entry point of cuBLASLt or cuDNN, opened at first use; NULL and a recorded sentence (what was tried, the pip command) if absent. */
+/* libraries.c: an entry point of a library that is opened at first use; NULL, and a sentence with what was tried and what to install, if it is absent. */
 typedef enum { LADD_LIBRARY_CUBLASLT = 0, LADD_LIBRARY_CUDNN, LADD_LIBRARY_NCCL, LADD_LIBRARIES } ladd_cuda_library;
 void *ladd_cuda_symbol(ladd_cuda_library library, const char *name);
-/* Where cuda-pathfinder found it; set by Python before the first use. */
-void ladd_cuda_library_path(ladd_cuda_library library, const char *path);
-
-/* backend.cu: the table for one compute type. */
-const ladd_backend *ladd_cuda_backend(ladd_dtype act);
 
 #ifdef __cplusplus
 }

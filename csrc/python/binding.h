@@ -15,13 +15,13 @@
 #include <numpy/arrayobject.h>
 #include <time.h>
 
-#include "../backend.h"
+#include "../device.h"
 
 /* ---- module ---------------------------------------------------------------------------------------------------------- */
 
 enum { CORE_MMDIT, CORE_VAE, CORE_DISC, CORE_KINDS };
 typedef struct core_state {
-    PyTypeObject *model_type, *types[CORE_KINDS], *saved_types[CORE_KINDS];
+    PyTypeObject *model_type, *types[CORE_KINDS], *saved_types[CORE_KINDS], *device_type, *array_type, *guest_type;
 } core_state;
 
 /* One function a family of kernels: adds its PyMethodDef table to the module. */
@@ -30,6 +30,9 @@ int core_add_norm(PyObject *module);
 int core_add_image(PyObject *module);
 int core_add_diffusion(PyObject *module);
 int core_add_flat(PyObject *module);
+/* Devices and their arrays. */
+int core_add_array(PyObject *module, core_state *state);
+int core_add_device(PyObject *module, core_state *state);
 /* The type that the models share, and one function a model: makes its types and adds them. */
 int core_add_model(PyObject *module, core_state *state);
 int core_add_mmdit(PyObject *module, core_state *state);
@@ -44,55 +47,104 @@ core_state *core_state_of(PyTypeObject *type);
 
 /* ---- calls into the core --------------------------------------------------------------------------------------------- */
 
+typedef struct core_device core_device; /* below; NULL stands for the CPU everywhere */
+
 typedef struct core_call {
     ladd_context ctx;
     PyThread_type_lock lock; /* of the object, NULL for plain kernels */
+    core_device *device;     /* its lock is held too: calls on one device queue their work one after the other */
     PyThreadState *thread;
     struct timespec checked; /* when Ctrl-C was last looked for */
 } core_call;
 
-int core_begin(core_call *call, PyThread_type_lock lock); /* 0, or -1 with an exception when no backend serves this processor */
-int core_end(core_call *call, ladd_status status);        /* 0, or -1 with the exception that the status stands for */
-int core_raise(ladd_status status);                       /* sets that exception (GIL held); always -1 */
+ladd_context core_context(const core_device *device, ladd_dtype act);
+/* 0, or -1 with an exception when no backend serves this processor or the device is unusable. */
+int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype act);
+int core_end(core_call *call, ladd_status status); /* 0, or -1 with the exception that the status stands for */
+int core_raise(ladd_status status);                /* sets that exception (GIL held); always -1 */
 
-/* Runs one kernel of the table without an object; `result` becomes 0 or -1. */
-#define CORE_KERNEL(result, name, ...)                                                                \
+/* Runs one kernel of the table where the arrays of `dims` are; `result` becomes 0 or -1. */
+#define CORE_KERNEL(result, dims, name, ...)                                                          \
     do {                                                                                              \
         core_call call_;                                                                              \
-        result = core_begin(&call_, NULL);                                                            \
+        result = core_begin(&call_, NULL, (dims)->device, (dims)->act);                               \
         if (result == 0) result = core_end(&call_, call_.ctx.backend->name(&call_.ctx, __VA_ARGS__)); \
     } while (0)
+
+/* ---- devices: device_type.c, array_type.c ------------------------------------------------------------------------------ */
+
+enum { CORE_MAX_DIMS = 8 };
+
+struct core_device {
+    PyObject_HEAD const ladd_device_api *api;
+    PyObject *provider; /* the capsule that api came in */
+    void *state;
+    int index;
+    char label[16]; /* "cuda:0" */
+    PyThread_type_lock lock;
+    PyTypeObject *array_type, *guest_type;
+    struct core_waiting *waiting; /* memory of others that queued work may still read */
+};
+
+typedef struct core_array {
+    PyObject_HEAD core_device *device;
+    ladd_dtype dtype;
+    int ndim;
+    int64_t shape[CORE_MAX_DIMS], count;
+    void *data;
+    PyObject *base; /* whose memory it is; NULL: its own block */
+    int *stale;     /* of the parameters that it shows, or NULL */
+    int lent;       /* 1: a consumer of DLPack works on it on the stream lent_to */
+    void *lent_to;
+} core_array;
+
+int core_is_array(PyObject *object);
+void core_array_dealloc(PyObject *object);
+size_t core_item_size(ladd_dtype dtype);
+const char *core_dtype_name(ladd_dtype dtype);
+int core_dtype(PyObject *object, const char *name, ladd_dtype *out); /* "float32", "bfloat16", "float16" */
+PyObject *core_array_new(core_device *device, ladd_dtype dtype, int ndim, const int64_t *shape, int zeroed);
+PyObject *core_array_view(core_device *device, PyObject *base, int *stale, ladd_dtype dtype, void *data, int ndim, const int64_t *shape);
+void core_array_written(core_array *array); /* the weights that it shows are newer than their working copy */
 
 /* ---- arguments: convert.c -------------------------------------------------------------------------------------------- */
 
 /* Sizes by letter. A letter that is 0 is not known yet: the first array that carries it sets it, the others must agree. */
 typedef struct core_dims {
     int64_t of[128];
+    core_device *device; /* where the arrays are; the first one decides, unless `placed` says that it is decided */
+    ladd_dtype act;
+    int placed;
 } core_dims;
 #define DIM(dims, letter) ((dims)->of[(unsigned char)(letter)])
 #define IDIM(dims, letter) ((int)DIM(dims, letter))
 
-/* Checks that `object` is a float32, aligned, C-contiguous ndarray with one axis for each letter of `shape`, every size from 1 to INT_MAX. '*' stands
- * for any further axes, whose product (1 for none) becomes the size of '*'. NULL and an exception, or the array borrowed. */
-PyArrayObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims);
+/* Arrays are ndarrays (float32) or DeviceArrays. A shape has one letter an axis, every size from 1 to INT_MAX; '*' at its end stands for any further
+ * axes, whose product (1 for none) becomes the size of '*'. '=' at its head: float32 whatever the compute type is (statistics, gradients of
+ * parameters, masters); '@': numbers that the host reads, always an ndarray (times, factors).
+ *
+ * Checks that `object` is such an array: aligned, C-contiguous, on the device of the others. NULL and an exception, or the array borrowed. */
+PyObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims);
 /* The same for an array that will be written: it must be writeable. */
-PyArrayObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims);
+PyObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims);
 /* None gives NULL with *ok = 1. */
-PyArrayObject *core_optional(PyObject *object, const char *name, const char *shape, core_dims *dims, int *ok);
+PyObject *core_optional(PyObject *object, const char *name, const char *shape, core_dims *dims, int *ok);
 /* Any strides; the caller checks them. */
-PyArrayObject *core_strided(PyObject *object, const char *name, const char *shape, core_dims *dims);
-/* A new float32 array of these sizes (all letters known); new reference. zeroed: filled with 0. */
+PyObject *core_strided(PyObject *object, const char *name, const char *shape, core_dims *dims);
+int core_ndim(PyObject *array);
+int64_t core_size(PyObject *array, int axis);
+/* A new array of these sizes (all letters known) where the others are; new reference. zeroed: filled with 0. */
 PyObject *core_new(const char *shape, const core_dims *dims, int zeroed);
-PyObject *core_new_like(PyArrayObject *array, int zeroed);
+PyObject *core_new_like(PyObject *array, int zeroed);
 /* A list of `n` such arrays, and where each one's data lies. */
 PyObject *core_new_list(Py_ssize_t n, const char *shape, const core_dims *dims, ladd_act **data);
 /* The result: a new array like core_new when `out` is None or NULL, else `out` checked and with a new reference. */
 PyObject *core_output(PyObject *out, const char *shape, core_dims *dims);
-PyObject *core_output_like(PyObject *out, PyArrayObject *array);
+PyObject *core_output_like(PyObject *out, PyObject *array);
 /* ValueError if `out` shares memory with `input`, except exactly the same memory when in_place. 0 or -1. */
-int core_no_overlap(PyObject *out, PyArrayObject *input, const char *name, int in_place);
+int core_no_overlap(PyObject *out, PyObject *input, const char *name, int in_place);
 /* `object` must be an array of the shape of `like`. */
-PyArrayObject *core_same_shape(PyObject *object, const char *name, PyArrayObject *like, const char *like_name);
+PyObject *core_same_shape(PyObject *object, const char *name, PyObject *like, const char *like_name);
 /* A sequence (list or tuple) of exactly `n` items; NULL and an exception, or a PySequence_Fast (new reference). */
 PyObject *core_sequence(PyObject *object, const char *name, Py_ssize_t n, const char *meaning);
 /* The same, each item checked by core_input and its data put into data[n]; a tuple that keeps them alive (new reference). */
@@ -107,7 +159,10 @@ int core_uint64(PyObject *object, const char *name, uint64_t *out);
 int core_finite(double value, const char *name);
 int core_in_range(double value, const char *name, double low, double high);
 
-static inline float *core_data(void *array) { return array ? (float *)PyArray_DATA((PyArrayObject *)array) : NULL; }
+static inline float *core_data(void *array) {
+    if (!array) return NULL;
+    return core_is_array(array) ? ((core_array *)array)->data : (float *)PyArray_DATA((PyArrayObject *)array);
+}
 
 /* Keys of a configuration mapping: every key is taken once, and core_config_done says which one nobody took. */
 typedef struct core_config {
@@ -185,7 +240,12 @@ typedef struct core_model {
     PyThread_type_lock lock;
     void *model; /* ladd_mmdit, ladd_vae or ladd_disc */
     ladd_params *params;
+    core_device *device; /* NULL: the CPU */
+    ladd_dtype act;
 } core_model;
+
+/* Sizes of which nothing is known yet, of arrays where the model is. */
+static inline core_dims core_place(const core_model *self) { return (core_dims){.device = self->device, .act = self->act, .placed = 1}; }
 
 PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, const core_kind *kind);
 

@@ -7,15 +7,32 @@
 
 #include "binding.h"
 
+/* ---- what arrays have in common ---------------------------------------------------------------------------------------- */
+
+int core_ndim(PyObject *array) { return core_is_array(array) ? ((core_array *)array)->ndim : PyArray_NDIM((PyArrayObject *)array); }
+int64_t core_size(PyObject *array, int axis) {
+    return core_is_array(array) ? ((core_array *)array)->shape[axis] : (int64_t)PyArray_DIM((PyArrayObject *)array, axis);
+}
+static core_device *device_of(PyObject *array) { return core_is_array(array) ? ((core_array *)array)->device : NULL; }
+static const char *label_of(const core_device *device) { return device ? device->label : "the CPU"; }
+static size_t bytes_of(PyObject *array) {
+    if (!core_is_array(array)) return (size_t)PyArray_NBYTES((PyArrayObject *)array);
+    return (size_t)((core_array *)array)->count * core_item_size(((core_array *)array)->dtype);
+}
+
 /* ---- shapes in words ------------------------------------------------------------------------------------------------- */
 
 enum { TEXT_MAX = 256 };
 
+static const char *letters_of(const char *shape) { return shape + (*shape == '=' || *shape == '@'); }
+
 /* "B, C=16, H, W": what is known of the sizes that `shape` names. */
 static const char *expected_text(char text[TEXT_MAX], const char *shape, const core_dims *dims) {
     int used = 0;
-    for (const char *letter = shape; *letter; letter++) {
-        const char *comma = letter == shape ? "" : ", ";
+    const char *first = letters_of(shape);
+    text[0] = 0;
+    for (const char *letter = first; *letter; letter++) {
+        const char *comma = letter == first ? "" : ", ";
         int64_t known = *letter == '*' ? 0 : dims->of[(unsigned char)*letter];
         if (*letter == '*')
             used += snprintf(text + used, TEXT_MAX - used, "%s...", comma);
@@ -28,25 +45,50 @@ static const char *expected_text(char text[TEXT_MAX], const char *shape, const c
     return text;
 }
 
-static const char *given_text(char text[TEXT_MAX], PyArrayObject *array) {
+static const char *given_text(char text[TEXT_MAX], PyObject *array) {
     int used = 0;
     text[0] = 0;
-    for (int i = 0; i < PyArray_NDIM(array) && used < TEXT_MAX; i++)
-        used += snprintf(text + used, TEXT_MAX - used, "%s%lld", i ? ", " : "", (long long)PyArray_DIM(array, i));
+    for (int i = 0; i < core_ndim(array) && used < TEXT_MAX; i++)
+        used += snprintf(text + used, TEXT_MAX - used, "%s%lld", i ? ", " : "", (long long)core_size(array, i));
     return text;
 }
 
-static PyArrayObject *wrong_shape(const char *name, const char *shape, const core_dims *dims, PyArrayObject *array) {
+static int wrong_shape(const char *name, const char *shape, const core_dims *dims, PyObject *array) {
     char expected[TEXT_MAX], given[TEXT_MAX];
     PyErr_Format(PyExc_ValueError, "%s: expected shape (%s), got (%s)", name, expected_text(expected, shape, dims), given_text(given, array));
-    return NULL;
+    return 0;
 }
 
 /* ---- arrays in ------------------------------------------------------------------------------------------------------- */
 
-/* float32 in native byte order and aligned; the layout is for the caller. */
-static int is_float32(PyObject *object, const char *name, const char *shape, const core_dims *dims) {
+static int on_device(PyObject *object, const char *name, const char *shape, core_dims *dims) {
+    const core_array *array = (core_array *)object;
+    if (*shape == '@') {
+        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, whose numbers the host reads, got one on %s", name, array->device->label);
+        return 0;
+    }
+    if (dims->placed && dims->device != array->device) {
+        PyErr_Format(PyExc_ValueError, "%s: expected an array on %s, got one on %s", name, label_of(dims->device), array->device->label);
+        return 0;
+    }
+    if (*shape == '=' || (dims->placed && dims->act != array->dtype)) {
+        ladd_dtype wanted = *shape == '=' ? LADD_F32 : dims->act;
+        if (wanted != array->dtype) {
+            PyErr_Format(PyExc_TypeError, "%s: expected dtype %s, got %s", name, core_dtype_name(wanted), core_dtype_name(array->dtype));
+            return 0;
+        }
+    }
+    if (*shape == '=' && dims->placed) return 1; /* says nothing of the compute type */
+    dims->device = array->device;
+    dims->act = array->dtype;
+    dims->placed = 1;
+    return 1;
+}
+
+/* float32 in native byte order and aligned, or an array on a device; the layout is for the caller. */
+static int is_usable(PyObject *object, const char *name, const char *shape, core_dims *dims) {
     char expected[TEXT_MAX];
+    if (core_is_array(object)) return on_device(object, name, shape, dims);
     if (!PyArray_Check(object)) {
         PyErr_Format(PyExc_TypeError, "%s: expected a float32 array of shape (%s), got %.100s", name, expected_text(expected, shape, dims),
                      Py_TYPE(object)->tp_name);
@@ -61,18 +103,25 @@ static int is_float32(PyObject *object, const char *name, const char *shape, con
         PyErr_Format(PyExc_ValueError, "%s: expected an aligned array, got one at an odd address", name);
         return 0;
     }
+    if (*shape == '@') return 1;
+    if (dims->placed && dims->device) {
+        PyErr_Format(PyExc_ValueError, "%s: expected an array on %s, got one on the CPU", name, dims->device->label);
+        return 0;
+    }
+    dims->placed = 1;
     return 1;
 }
 
 /* Compares the sizes with `shape` and fills in the letters that were not known. */
-static int match_dims(PyArrayObject *array, const char *name, const char *shape, core_dims *dims) {
+static int match_dims(PyObject *array, const char *name, const char *shape, core_dims *dims) {
     core_dims found = *dims; /* apart, so that the message tells only what others have set */
-    int letters = (int)strlen(shape), open = letters && shape[letters - 1] == '*', fixed = letters - open;
-    int ndim = PyArray_NDIM(array);
-    if (open ? ndim < fixed : ndim != fixed) return wrong_shape(name, shape, dims, array) != NULL;
+    const char *letter = letters_of(shape);
+    int letters = (int)strlen(letter), open = letters && letter[letters - 1] == '*', fixed = letters - open;
+    int ndim = core_ndim(array);
+    if (open ? ndim < fixed : ndim != fixed) return wrong_shape(name, shape, dims, array);
     int64_t rest = 1;
     for (int i = 0; i < ndim; i++) {
-        npy_intp size = PyArray_DIM(array, i);
+        int64_t size = core_size(array, i);
         if (size < 1 || size > INT_MAX) {
             char given[TEXT_MAX];
             PyErr_Format(PyExc_ValueError, "%s: expected sizes from 1 to %d, got (%s)", name, INT_MAX, given_text(given, array));
@@ -82,8 +131,8 @@ static int match_dims(PyArrayObject *array, const char *name, const char *shape,
             rest *= size;
             continue;
         }
-        int64_t *known = &found.of[(unsigned char)shape[i]];
-        if (*known && *known != size) return wrong_shape(name, shape, dims, array) != NULL;
+        int64_t *known = &found.of[(unsigned char)letter[i]];
+        if (*known && *known != size) return wrong_shape(name, shape, dims, array);
         *known = size;
     }
     if (open) {
@@ -99,44 +148,49 @@ static int match_dims(PyArrayObject *array, const char *name, const char *shape,
     return 1;
 }
 
-PyArrayObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims) {
-    if (!is_float32(object, name, shape, dims)) return NULL;
-    PyArrayObject *array = (PyArrayObject *)object;
-    if (!match_dims(array, name, shape, dims)) return NULL;
-    if (!PyArray_IS_C_CONTIGUOUS(array)) {
+PyObject *core_strided(PyObject *object, const char *name, const char *shape, core_dims *dims) {
+    return is_usable(object, name, shape, dims) && match_dims(object, name, shape, dims) ? object : NULL;
+}
+
+PyObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims) {
+    if (!core_strided(object, name, shape, dims)) return NULL;
+    if (!core_is_array(object) && !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)object)) {
         PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous array, got a strided view", name);
         return NULL;
     }
-    return array;
+    return object;
 }
 
-PyArrayObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims) {
-    PyArrayObject *array = core_input(object, name, shape, dims);
-    if (array && !PyArray_ISWRITEABLE(array)) {
+/* A DeviceArray may always be written; what it shows of a model's weights is then newer than their working copy. */
+static PyObject *writeable(PyObject *array, const char *name) {
+    if (!array) return NULL;
+    if (core_is_array(array))
+        core_array_written((core_array *)array);
+    else if (!PyArray_ISWRITEABLE((PyArrayObject *)array)) {
         PyErr_Format(PyExc_ValueError, "%s: expected a writeable array, got a read-only one", name);
         return NULL;
     }
     return array;
 }
 
-PyArrayObject *core_optional(PyObject *object, const char *name, const char *shape, core_dims *dims, int *ok) {
+PyObject *core_inout(PyObject *object, const char *name, const char *shape, core_dims *dims) {
+    return writeable(core_input(object, name, shape, dims), name);
+}
+
+PyObject *core_optional(PyObject *object, const char *name, const char *shape, core_dims *dims, int *ok) {
     *ok = 1;
     if (!object || object == Py_None) return NULL;
-    PyArrayObject *array = core_input(object, name, shape, dims);
+    PyObject *array = core_input(object, name, shape, dims);
     *ok = array != NULL;
     return array;
 }
 
-PyArrayObject *core_strided(PyObject *object, const char *name, const char *shape, core_dims *dims) {
-    if (!is_float32(object, name, shape, dims)) return NULL;
-    PyArrayObject *array = (PyArrayObject *)object;
-    return match_dims(array, name, shape, dims) ? array : NULL;
-}
-
-PyArrayObject *core_same_shape(PyObject *object, const char *name, PyArrayObject *like, const char *like_name) {
-    core_dims dims = {0};
-    PyArrayObject *array = core_input(object, name, "*", &dims);
-    if (array && !PyArray_SAMESHAPE(array, like)) {
+PyObject *core_same_shape(PyObject *object, const char *name, PyObject *like, const char *like_name) {
+    core_dims dims = {.device = device_of(like), .act = core_is_array(like) ? ((core_array *)like)->dtype : LADD_F32, .placed = 1};
+    PyObject *array = core_input(object, name, "*", &dims);
+    int same = array && core_ndim(array) == core_ndim(like);
+    for (int i = 0; same && i < core_ndim(like); i++) same = core_size(array, i) == core_size(like, i);
+    if (array && !same) {
         char expected[TEXT_MAX], given[TEXT_MAX];
         PyErr_Format(PyExc_ValueError, "%s: expected shape (%s) as %s, got (%s)", name, given_text(expected, like), like_name,
                      given_text(given, array));
@@ -147,38 +201,41 @@ PyArrayObject *core_same_shape(PyObject *object, const char *name, PyArrayObject
 
 /* ---- arrays out ------------------------------------------------------------------------------------------------------ */
 
-static PyObject *new_array(int ndim, const npy_intp *sizes, int zeroed) {
-    return zeroed ? PyArray_ZEROS(ndim, (npy_intp *)sizes, NPY_FLOAT32, 0) : PyArray_EMPTY(ndim, (npy_intp *)sizes, NPY_FLOAT32, 0);
+static PyObject *new_array(core_device *device, ladd_dtype act, int ndim, const int64_t *shape, int zeroed) {
+    if (device) return core_array_new(device, act, ndim, shape, zeroed);
+    npy_intp sizes[NPY_MAXDIMS];
+    for (int i = 0; i < ndim; i++) sizes[i] = (npy_intp)shape[i];
+    return zeroed ? PyArray_ZEROS(ndim, sizes, NPY_FLOAT32, 0) : PyArray_EMPTY(ndim, sizes, NPY_FLOAT32, 0);
 }
 
 PyObject *core_new(const char *shape, const core_dims *dims, int zeroed) {
-    npy_intp sizes[NPY_MAXDIMS];
-    int ndim = (int)strlen(shape);
-    for (int i = 0; i < ndim; i++) sizes[i] = (npy_intp)dims->of[(unsigned char)shape[i]];
-    return new_array(ndim, sizes, zeroed);
+    int64_t sizes[NPY_MAXDIMS];
+    const char *letter = letters_of(shape);
+    int ndim = (int)strlen(letter);
+    for (int i = 0; i < ndim; i++) sizes[i] = dims->of[(unsigned char)letter[i]];
+    return new_array(dims->device, *shape == '=' ? LADD_F32 : dims->act, ndim, sizes, zeroed);
 }
 
-PyObject *core_new_like(PyArrayObject *array, int zeroed) { return new_array(PyArray_NDIM(array), PyArray_DIMS(array), zeroed); }
+PyObject *core_new_like(PyObject *array, int zeroed) {
+    int64_t sizes[NPY_MAXDIMS];
+    for (int i = 0; i < core_ndim(array); i++) sizes[i] = core_size(array, i);
+    return new_array(device_of(array), core_is_array(array) ? ((core_array *)array)->dtype : LADD_F32, core_ndim(array), sizes, zeroed);
+}
 
 PyObject *core_output(PyObject *out, const char *shape, core_dims *dims) {
     if (!out || out == Py_None) return core_new(shape, dims, 0);
-    return Py_XNewRef((PyObject *)core_inout(out, "out", shape, dims));
+    return Py_XNewRef(core_inout(out, "out", shape, dims));
 }
 
-PyObject *core_output_like(PyObject *out, PyArrayObject *array) {
+PyObject *core_output_like(PyObject *out, PyObject *array) {
     if (!out || out == Py_None) return core_new_like(array, 0);
-    PyArrayObject *given = core_same_shape(out, "out", array, "the input");
-    if (given && !PyArray_ISWRITEABLE(given)) {
-        PyErr_SetString(PyExc_ValueError, "out: expected a writeable array, got a read-only one");
-        return NULL;
-    }
-    return Py_XNewRef((PyObject *)given);
+    return Py_XNewRef(writeable(core_same_shape(out, "out", array, "the input"), "out"));
 }
 
-int core_no_overlap(PyObject *out, PyArrayObject *input, const char *name, int in_place) {
+int core_no_overlap(PyObject *out, PyObject *input, const char *name, int in_place) {
     if (!out || !input) return 0;
-    const char *a = PyArray_BYTES((PyArrayObject *)out), *b = PyArray_BYTES(input);
-    npy_intp a_bytes = PyArray_NBYTES((PyArrayObject *)out), b_bytes = PyArray_NBYTES(input);
+    const char *a = (const char *)core_data(out), *b = (const char *)core_data(input);
+    size_t a_bytes = bytes_of(out), b_bytes = bytes_of(input);
     if (in_place && a == b && a_bytes == b_bytes) return 0;
     if (a + a_bytes <= b || b + b_bytes <= a) return 0;
     PyErr_Format(PyExc_ValueError, "out: expected memory apart from %s%s, got an overlap", name, in_place ? " or exactly its own" : "");
@@ -205,7 +262,7 @@ PyObject *core_input_list(PyObject *object, const char *name, Py_ssize_t n, cons
                           const ladd_act **data) {
     PyObject *items = core_sequence(object, name, n, meaning);
     for (Py_ssize_t i = 0; items && i < n; i++) {
-        PyArrayObject *array = core_input(PyTuple_GET_ITEM(items, i), name, shape, dims);
+        PyObject *array = core_input(PyTuple_GET_ITEM(items, i), name, shape, dims);
         if (array)
             data[i] = core_data(array);
         else

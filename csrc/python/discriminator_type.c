@@ -58,7 +58,7 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     const ladd_act *inputs[LADD_MAX_LAYERS];
     ladd_act *outputs[LADD_MAX_LAYERS];
     int sides[2], update_u = 0, keep = 0, ok;
-    core_dims dims = {0};
+    core_dims dims = core_place(self);
     core_call call;
     core_saved *saved = NULL;
     ladd_disc_saved *kept = NULL;
@@ -78,20 +78,20 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     DIM(&dims, 'N') = sides[0] * sides[1];
     DIM(&dims, 'D') = config->feature_dim;
     DIM(&dims, 'P') = config->pooled_dim;
-    if (!core_input(sigma, "sigma", "B", &dims)) return NULL;
+    if (!core_input(sigma, "sigma", "@B", &dims)) return NULL;
     if (config->condition_pooled && pooled == Py_None) {
         PyErr_Format(PyExc_ValueError, "pooled: expected an array of shape (B=%lld, P=%d), got None", (long long)DIM(&dims, 'B'), config->pooled_dim);
         return NULL;
     }
     /* Heads without the pooled condition look at nothing of it, so any width may come. */
     if (!config->condition_pooled) DIM(&dims, 'P') = 0;
-    PyArrayObject *condition = core_optional(pooled, "pooled", "BP", &dims, &ok);
+    PyObject *condition = core_optional(pooled, "pooled", "BP", &dims, &ok);
     if (!ok) return NULL;
     items = core_input_list(features, "features", config->n_taps, "one a tap", "BND", &dims, inputs);
     if (!items) return NULL;
     if (!(logits = core_new_list(config->n_taps, "Bhw", &dims, outputs))) goto done;
     if (keep && !(saved = core_saved_new(self, &dims, config->n_taps))) goto done;
-    if (core_begin(&call, self->lock) < 0) goto done;
+    if (core_begin(&call, self->lock, self->device, self->act) < 0) goto done;
     ladd_status status = ladd_disc_forward(&call.ctx, outputs, keep ? &kept : NULL, self->model, inputs, core_data(sigma),
                                            config->condition_pooled ? core_data(condition) : NULL, IDIM(&dims, 'B'), sides[0], sides[1], update_u);
     result = core_forward_end(&call, status, logits, saved, kept);

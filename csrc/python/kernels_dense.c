@@ -13,14 +13,12 @@ static PyObject *linear_forward(PyObject *module, PyObject *args, PyObject *kwar
     int ok, result;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$O:linear_forward", names, &x, &w, &bias_given, &out)) return NULL;
     if (!core_input(x, "x", "MK", &d) || !core_input(w, "w", "NK", &d)) return NULL;
-    PyArrayObject *bias = core_optional(bias_given, "bias", "N", &d, &ok);
+    PyObject *bias = core_optional(bias_given, "bias", "N", &d, &ok);
     if (!ok) return NULL;
     PyObject *y = core_output(out, "MN", &d);
-    if (core_no_overlap(y, (PyArrayObject *)x, "x", 0) < 0 || core_no_overlap(y, (PyArrayObject *)w, "w", 0) < 0 ||
-        core_no_overlap(y, bias, "bias", 0) < 0)
-        Py_CLEAR(y);
+    if (core_no_overlap(y, x, "x", 0) < 0 || core_no_overlap(y, w, "w", 0) < 0 || core_no_overlap(y, bias, "bias", 0) < 0) Py_CLEAR(y);
     if (!y) return NULL;
-    CORE_KERNEL(result, linear_forward, core_data(y), core_data(x), core_data(w), core_data(bias), IDIM(&d, 'M'), IDIM(&d, 'N'), IDIM(&d, 'K'));
+    CORE_KERNEL(result, &d, linear_forward, core_data(y), core_data(x), core_data(w), core_data(bias), IDIM(&d, 'M'), IDIM(&d, 'N'), IDIM(&d, 'K'));
     if (result < 0) Py_CLEAR(y);
     return y;
 }
@@ -33,15 +31,13 @@ static PyObject *linear_gelu_forward(PyObject *module, PyObject *args, PyObject 
     int ok, result;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O$O:linear_gelu_forward", names, &x, &w, &bias_given, &out)) return NULL;
     if (!core_input(x, "x", "MK", &d) || !core_input(w, "w", "NK", &d)) return NULL;
-    PyArrayObject *bias = core_optional(bias_given, "bias", "N", &d, &ok);
+    PyObject *bias = core_optional(bias_given, "bias", "N", &d, &ok);
     if (!ok) return NULL;
     PyObject *h = core_new("MN", &d, 0), *y = core_output(out, "MN", &d);
-    if (core_no_overlap(y, (PyArrayObject *)x, "x", 0) < 0 || core_no_overlap(y, (PyArrayObject *)w, "w", 0) < 0 ||
-        core_no_overlap(y, bias, "bias", 0) < 0)
-        Py_CLEAR(y);
+    if (core_no_overlap(y, x, "x", 0) < 0 || core_no_overlap(y, w, "w", 0) < 0 || core_no_overlap(y, bias, "bias", 0) < 0) Py_CLEAR(y);
     result = h && y ? 0 : -1;
     if (result == 0)
-        CORE_KERNEL(result, linear_gelu_forward, core_data(y), core_data(h), core_data(x), core_data(w), core_data(bias), IDIM(&d, 'M'),
+        CORE_KERNEL(result, &d, linear_gelu_forward, core_data(y), core_data(h), core_data(x), core_data(w), core_data(bias), IDIM(&d, 'M'),
                     IDIM(&d, 'N'), IDIM(&d, 'K'));
     PyObject *pair = result == 0 ? PyTuple_Pack(2, y, h) : NULL;
     Py_XDECREF(y);
@@ -52,7 +48,7 @@ static PyObject *linear_gelu_forward(PyObject *module, PyObject *args, PyObject 
 static PyObject *linear_backward(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
     static char *names[] = {"dy", "x", "w", "input", "weight", "bias", NULL};
-    static const char *const shapes[3] = {"MK", "NK", "N"};
+    static const char *const shapes[3] = {"MK", "=NK", "=N"};
     PyObject *dy, *x, *w, *flags[3] = {NULL}, *grads[3] = {NULL}, *triple = NULL;
     int wanted[3] = {1, 1, 1}, result;
     core_dims d = {0};
@@ -64,7 +60,7 @@ static PyObject *linear_backward(PyObject *module, PyObject *args, PyObject *kwa
         grads[i] = wanted[i] ? core_new(shapes[i], &d, i > 0) : Py_NewRef(Py_None); /* the kernel adds to parameter gradients */
         if (!grads[i]) goto done;
     }
-    CORE_KERNEL(result, linear_backward, wanted[0] ? core_data(grads[0]) : NULL, wanted[1] ? core_data(grads[1]) : NULL,
+    CORE_KERNEL(result, &d, linear_backward, wanted[0] ? core_data(grads[0]) : NULL, wanted[1] ? core_data(grads[1]) : NULL,
                 wanted[2] ? core_data(grads[2]) : NULL, core_data(dy), core_data(x), core_data(w), IDIM(&d, 'M'), IDIM(&d, 'N'), IDIM(&d, 'K'));
     if (result == 0) triple = PyTuple_Pack(3, grads[0], grads[1], grads[2]);
 done:
@@ -87,9 +83,9 @@ static PyObject *activation_forward(PyObject *args, PyObject *kwargs, const char
     int parsed = sloped ? PyArg_ParseTupleAndKeywords(args, kwargs, format, sloped_names, &x, &slope, &out)
                         : PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &x, &out);
     if (!parsed || core_finite(slope, "slope") < 0 || !core_input(x, "x", "*", &d)) return NULL;
-    PyObject *y = core_output_like(out, (PyArrayObject *)x);
+    PyObject *y = core_output_like(out, x);
     if (!y) return NULL;
-    if (core_no_overlap(y, (PyArrayObject *)x, "x", 1) < 0 || core_begin(&call, NULL) < 0) goto failed;
+    if (core_no_overlap(y, x, "x", 1) < 0 || core_begin(&call, NULL, d.device, d.act) < 0) goto failed;
     const char *table = (const char *)call.ctx.backend;
     ladd_status status = sloped ? call.ctx.backend->leaky_relu_forward(&call.ctx, core_data(y), core_data(x), (float)slope, DIM(&d, '*'))
                                 : (*(const unary_kernel *)(table + kernel))(&call.ctx, core_data(y), core_data(x), DIM(&d, '*'));
@@ -109,11 +105,11 @@ static PyObject *activation_backward(PyObject *args, PyObject *kwargs, const cha
     int parsed = sloped ? PyArg_ParseTupleAndKeywords(args, kwargs, format, sloped_names, &dy, &x, &slope, &out)
                         : PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &dy, &x, &out);
     if (!parsed || core_finite(slope, "slope") < 0 || !core_input(x, "x", "*", &d)) return NULL;
-    if (!core_same_shape(dy, "dy", (PyArrayObject *)x, "x")) return NULL;
-    PyObject *dx = core_output_like(out, (PyArrayObject *)x);
+    if (!core_same_shape(dy, "dy", x, "x")) return NULL;
+    PyObject *dx = core_output_like(out, x);
     if (!dx) return NULL;
-    if (core_no_overlap(dx, (PyArrayObject *)dy, "dy", 1) < 0 || core_no_overlap(dx, (PyArrayObject *)x, "x", 0) < 0) goto failed;
-    if (core_begin(&call, NULL) < 0) goto failed;
+    if (core_no_overlap(dx, dy, "dy", 1) < 0 || core_no_overlap(dx, x, "x", 0) < 0) goto failed;
+    if (core_begin(&call, NULL, d.device, d.act) < 0) goto failed;
     const char *table = (const char *)call.ctx.backend;
     ladd_status status =
         sloped ? call.ctx.backend->leaky_relu_backward(&call.ctx, core_data(dx), core_data(dy), core_data(x), (float)slope, DIM(&d, '*'))
@@ -163,8 +159,13 @@ typedef struct joint {
 } joint;
 
 /* The last two axes dense, the others at any positive stride. */
-static int strides_of(PyArrayObject *array, const char *name, ptrdiff_t *row, ptrdiff_t *batch) {
-    const npy_intp *s = PyArray_STRIDES(array), *n = PyArray_DIMS(array);
+static int strides_of(PyObject *array, const char *name, ptrdiff_t *row, ptrdiff_t *batch) {
+    if (core_is_array(array)) {
+        *row = (ptrdiff_t)(core_size(array, 2) * core_size(array, 3));
+        *batch = *row * (ptrdiff_t)core_size(array, 1);
+        return 0;
+    }
+    const npy_intp *s = PyArray_STRIDES((PyArrayObject *)array), *n = PyArray_DIMS((PyArrayObject *)array);
     npy_intp dense = (npy_intp)sizeof(float), heads_row = n[2] * n[3] * dense;
     /* A stride along an axis of size 1 is never used, and NumPy leaves it arbitrary. */
     npy_intp row_bytes = n[1] > 1 ? s[1] : heads_row, batch_bytes = n[0] > 1 ? s[0] : row_bytes * n[1];
@@ -192,10 +193,14 @@ static int read_streams(joint *j, PyObject *given, PyObject *scale) {
         j->items[i] = core_sequence(stream, "stream", 3, "q, k, v");
         Py_DECREF(stream);
         if (!j->items[i]) return -1;
-        if (i > 0) DIM(d, 'B') = DIM(&j->dims[0], 'B'), DIM(d, 'h') = DIM(&j->dims[0], 'h'), DIM(d, 'd') = DIM(&j->dims[0], 'd');
+        if (i > 0) { /* the same batch, heads and place */
+            const core_dims *first = &j->dims[0];
+            *d = (core_dims){.device = first->device, .act = first->act, .placed = 1};
+            DIM(d, 'B') = DIM(first, 'B'), DIM(d, 'h') = DIM(first, 'h'), DIM(d, 'd') = DIM(first, 'd');
+        }
         ladd_stream *s = &j->streams[i];
         for (int k = 0; k < 3; k++) {
-            PyArrayObject *array = core_strided(PyTuple_GET_ITEM(j->items[i], k), parts[k], "Bnhd", d);
+            PyObject *array = core_strided(PyTuple_GET_ITEM(j->items[i], k), parts[k], "Bnhd", d);
             ptrdiff_t row, batch;
             if (!array || strides_of(array, parts[k], &row, &batch) < 0) return -1;
             if (k > 0 && (row != s->row || batch != s->batch)) {
@@ -235,7 +240,7 @@ static PyObject *attention_forward(PyObject *module, PyObject *args, PyObject *k
     if (read_streams(&j, given, scale) < 0) goto done;
     core_dims *d = &j.dims[0];
     DIM(d, 'S') = j.S;
-    lse = core_new("BhS", d, 0);
+    lse = core_new("=BhS", d, 0);
     outs = PyList_New(j.n_streams);
     if (!lse || !outs) goto done;
     for (int i = 0; i < j.n_streams; i++) {
@@ -244,7 +249,7 @@ static PyObject *attention_forward(PyObject *module, PyObject *args, PyObject *k
         PyList_SET_ITEM(outs, i, o);
         j.streams[i].o = core_data(o);
     }
-    CORE_KERNEL(result, attention_forward, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'), IDIM(d, 'd'), j.scale);
+    CORE_KERNEL(result, d, attention_forward, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'), IDIM(d, 'd'), j.scale);
     if (result == 0) pair = PyTuple_Pack(2, outs, lse);
 done:
     drop_streams(&j);
@@ -264,14 +269,14 @@ static PyObject *attention_backward(PyObject *module, PyObject *args, PyObject *
     if (read_streams(&j, given, scale) < 0) goto done;
     core_dims *d = &j.dims[0];
     DIM(d, 'S') = j.S;
-    if (!core_input(lse, "lse", "BhS", d)) goto done;
+    if (!core_input(lse, "lse", "=BhS", d)) goto done;
     douts = core_sequence(given_douts, "douts", j.n_streams, "one a stream");
     outs = douts ? core_sequence(given_outs, "outs", j.n_streams, "one a stream") : NULL;
     grads = PyList_New(j.n_streams);
     if (!outs || !grads) goto done;
     for (int i = 0; i < j.n_streams; i++) {
-        PyArrayObject *dout = core_input(PyTuple_GET_ITEM(douts, i), "dout", "Bnhd", &j.dims[i]);
-        PyArrayObject *out = dout ? core_input(PyTuple_GET_ITEM(outs, i), "out", "Bnhd", &j.dims[i]) : NULL;
+        PyObject *dout = core_input(PyTuple_GET_ITEM(douts, i), "dout", "Bnhd", &j.dims[i]);
+        PyObject *out = dout ? core_input(PyTuple_GET_ITEM(outs, i), "out", "Bnhd", &j.dims[i]) : NULL;
         if (!out) goto done;
         /* The kernel writes dq, dk, dv at the strides of q, k, v: dense gradients want them dense. */
         ladd_stream *s = &j.streams[i];
@@ -291,7 +296,7 @@ static PyObject *attention_backward(PyObject *module, PyObject *args, PyObject *
         Py_XDECREF(dv);
         if (!triple) goto done;
     }
-    CORE_KERNEL(result, attention_backward, pointers, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'), IDIM(d, 'd'), j.scale);
+    CORE_KERNEL(result, d, attention_backward, pointers, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'), IDIM(d, 'd'), j.scale);
 done:
     drop_streams(&j);
     Py_XDECREF(douts);

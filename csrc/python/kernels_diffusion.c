@@ -48,11 +48,13 @@ static PyObject *normal(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (!samples) return NULL;
     PyObject *out = out_given == Py_None || !out_given ? PyArray_EMPTY((int)ndim, dims, NPY_FLOAT32, 0) : Py_NewRef(out_given);
     core_dims d = {0};
-    PyArrayObject *array = out ? core_inout(out, "out", "B*", &d) : NULL;
-    if (array && (PyArray_NDIM(array) != (int)ndim || !PyArray_CompareLists(PyArray_DIMS(array), dims, (int)ndim)))
+    PyObject *array = out ? core_inout(out, "out", "B*", &d) : NULL;
+    int same = array && core_ndim(array) == (int)ndim;
+    for (int i = 0; same && i < (int)ndim; i++) same = core_size(array, i) == dims[i];
+    if (array && !same)
         PyErr_Format(PyExc_ValueError, "out: expected an array of shape %R, got another shape", shape);
     else if (array)
-        CORE_KERNEL(result, normal, core_data(out), key, (const int64_t *)PyArray_DATA(samples), IDIM(&d, 'B'), DIM(&d, '*'));
+        CORE_KERNEL(result, &d, normal, core_data(out), key, (const int64_t *)PyArray_DATA(samples), IDIM(&d, 'B'), DIM(&d, '*'));
     Py_DECREF(samples);
     if (result < 0) Py_CLEAR(out);
     return out;
@@ -69,13 +71,12 @@ static PyObject *renoise(PyObject *module, PyObject *args, PyObject *kwargs) {
                                      &out_given))
         return NULL;
     if (core_bool(return_flag, "return_noise", &return_noise) < 0) return NULL;
-    if (!core_input(x0, "x0", "B*", &d) || !core_input(t, "t", "B", &d) || read_key(&key, seed, purpose, step) < 0) return NULL;
+    if (!core_input(x0, "x0", "B*", &d) || !core_input(t, "t", "@B", &d) || read_key(&key, seed, purpose, step) < 0) return NULL;
     PyArrayObject *samples = read_samples(samples_given, DIM(&d, 'B'));
     if (!samples) return NULL;
-    PyObject *out = core_output_like(out_given, (PyArrayObject *)x0),
-             *noise = return_noise ? core_new_like((PyArrayObject *)x0, 0) : Py_NewRef(Py_None);
-    if (out && noise && core_no_overlap(out, (PyArrayObject *)x0, "x0", 1) == 0 && core_no_overlap(out, (PyArrayObject *)t, "t", 0) == 0)
-        CORE_KERNEL(result, renoise, core_data(out), return_noise ? core_data(noise) : NULL, core_data(x0), core_data(t), key,
+    PyObject *out = core_output_like(out_given, x0), *noise = return_noise ? core_new_like(x0, 0) : Py_NewRef(Py_None);
+    if (out && noise && core_no_overlap(out, x0, "x0", 1) == 0 && core_no_overlap(out, t, "t", 0) == 0)
+        CORE_KERNEL(result, &d, renoise, core_data(out), return_noise ? core_data(noise) : NULL, core_data(x0), core_data(t), key,
                     (const int64_t *)PyArray_DATA(samples), IDIM(&d, 'B'), DIM(&d, '*'));
     PyObject *answer = result < 0 ? NULL : (return_noise ? PyTuple_Pack(2, out, noise) : Py_NewRef(out));
     Py_DECREF(samples);
@@ -93,11 +94,10 @@ static PyObject *interpolate(PyObject *module, PyObject *args, PyObject *kwargs)
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$O:interpolate", names, &x0, &noise, &t, &out_given)) return NULL;
-    if (!core_input(x0, "x0", "B*", &d) || !core_same_shape(noise, "noise", (PyArrayObject *)x0, "x0") || !core_input(t, "t", "B", &d)) return NULL;
-    PyObject *out = core_output_like(out_given, (PyArrayObject *)x0);
-    if (out && core_no_overlap(out, (PyArrayObject *)x0, "x0", 1) == 0 && core_no_overlap(out, (PyArrayObject *)noise, "noise", 1) == 0 &&
-        core_no_overlap(out, (PyArrayObject *)t, "t", 0) == 0)
-        CORE_KERNEL(result, interpolate, core_data(out), core_data(x0), core_data(noise), core_data(t), IDIM(&d, 'B'), DIM(&d, '*'));
+    if (!core_input(x0, "x0", "B*", &d) || !core_same_shape(noise, "noise", x0, "x0") || !core_input(t, "t", "@B", &d)) return NULL;
+    PyObject *out = core_output_like(out_given, x0);
+    if (out && core_no_overlap(out, x0, "x0", 1) == 0 && core_no_overlap(out, noise, "noise", 1) == 0 && core_no_overlap(out, t, "t", 0) == 0)
+        CORE_KERNEL(result, &d, interpolate, core_data(out), core_data(x0), core_data(noise), core_data(t), IDIM(&d, 'B'), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(out);
     return out;
 }
@@ -109,11 +109,10 @@ static PyObject *predict_x0(PyObject *module, PyObject *args, PyObject *kwargs) 
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$O:predict_x0", names, &x, &v, &t, &out_given)) return NULL;
-    if (!core_input(x, "x", "B*", &d) || !core_same_shape(v, "v", (PyArrayObject *)x, "x") || !core_input(t, "t", "B", &d)) return NULL;
-    PyObject *out = core_output_like(out_given, (PyArrayObject *)x);
-    if (out && core_no_overlap(out, (PyArrayObject *)x, "x", 1) == 0 && core_no_overlap(out, (PyArrayObject *)v, "v", 1) == 0 &&
-        core_no_overlap(out, (PyArrayObject *)t, "t", 0) == 0)
-        CORE_KERNEL(result, predict_x0, core_data(out), core_data(x), core_data(v), core_data(t), IDIM(&d, 'B'), DIM(&d, '*'));
+    if (!core_input(x, "x", "B*", &d) || !core_same_shape(v, "v", x, "x") || !core_input(t, "t", "@B", &d)) return NULL;
+    PyObject *out = core_output_like(out_given, x);
+    if (out && core_no_overlap(out, x, "x", 1) == 0 && core_no_overlap(out, v, "v", 1) == 0 && core_no_overlap(out, t, "t", 0) == 0)
+        CORE_KERNEL(result, &d, predict_x0, core_data(out), core_data(x), core_data(v), core_data(t), IDIM(&d, 'B'), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(out);
     return out;
 }
@@ -125,10 +124,10 @@ static PyObject *row_scale(PyObject *module, PyObject *args, PyObject *kwargs) {
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$O:row_scale", names, &x, &factor, &out_given)) return NULL;
-    if (!core_input(x, "x", "B*", &d) || !core_input(factor, "factor", "B", &d)) return NULL;
-    PyObject *out = core_output_like(out_given, (PyArrayObject *)x);
-    if (out && core_no_overlap(out, (PyArrayObject *)x, "x", 1) == 0 && core_no_overlap(out, (PyArrayObject *)factor, "factor", 0) == 0)
-        CORE_KERNEL(result, row_scale, core_data(out), core_data(x), core_data(factor), IDIM(&d, 'B'), DIM(&d, '*'));
+    if (!core_input(x, "x", "B*", &d) || !core_input(factor, "factor", "@B", &d)) return NULL;
+    PyObject *out = core_output_like(out_given, x);
+    if (out && core_no_overlap(out, x, "x", 1) == 0 && core_no_overlap(out, factor, "factor", 0) == 0)
+        CORE_KERNEL(result, &d, row_scale, core_data(out), core_data(x), core_data(factor), IDIM(&d, 'B'), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(out);
     return out;
 }
@@ -142,10 +141,10 @@ static PyObject *euler_step(PyObject *module, PyObject *args, PyObject *kwargs) 
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOdd|$O:euler_step", names, &x, &v, &sigma, &sigma_next, &out_given)) return NULL;
     if (core_finite(sigma, "sigma") < 0 || core_finite(sigma_next, "sigma_next") < 0) return NULL;
-    if (!core_input(x, "x", "*", &d) || !core_same_shape(v, "v", (PyArrayObject *)x, "x")) return NULL;
-    PyObject *out = core_output_like(out_given, (PyArrayObject *)x);
-    if (out && core_no_overlap(out, (PyArrayObject *)x, "x", 1) == 0 && core_no_overlap(out, (PyArrayObject *)v, "v", 1) == 0)
-        CORE_KERNEL(result, euler_step, core_data(out), core_data(x), core_data(v), (float)sigma, (float)sigma_next, DIM(&d, '*'));
+    if (!core_input(x, "x", "*", &d) || !core_same_shape(v, "v", x, "x")) return NULL;
+    PyObject *out = core_output_like(out_given, x);
+    if (out && core_no_overlap(out, x, "x", 1) == 0 && core_no_overlap(out, v, "v", 1) == 0)
+        CORE_KERNEL(result, &d, euler_step, core_data(out), core_data(x), core_data(v), (float)sigma, (float)sigma_next, DIM(&d, '*'));
     if (result < 0) Py_CLEAR(out);
     return out;
 }
@@ -173,9 +172,9 @@ static PyObject *adversarial_loss(PyObject *module, PyObject *args, PyObject *kw
     int loss = choose(loss_given, "loss", losses, "'hinge', 'logistic', 'lsgan' or 'bce'");
     int role = loss < 0 ? -1 : choose(role_given, "role", roles, "'real', 'fake' or 'generator'");
     if (role < 0 || core_finite(weight, "weight") < 0 || !core_input(logits, "logits", "*", &d)) return NULL;
-    PyObject *dlogits = core_new_like((PyArrayObject *)logits, 0);
+    PyObject *dlogits = core_new_like(logits, 0);
     if (dlogits)
-        CORE_KERNEL(result, adversarial_loss, &value, core_data(dlogits), core_data(logits), (ladd_loss)loss, (ladd_role)role, (float)weight,
+        CORE_KERNEL(result, &d, adversarial_loss, &value, core_data(dlogits), core_data(logits), (ladd_loss)loss, (ladd_role)role, (float)weight,
                     DIM(&d, '*'));
     if (result < 0) Py_CLEAR(dlogits);
     return dlogits ? Py_BuildValue("dN", value, dlogits) : NULL;

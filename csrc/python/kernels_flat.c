@@ -4,7 +4,7 @@
 /* `written` may share memory with none of the `n` others. */
 static int apart(PyObject *written, PyObject *const *others, const char *const *names, int n) {
     for (int i = 0; i < n; i++)
-        if (core_no_overlap(written, (PyArrayObject *)others[i], names[i], 0) < 0) return -1;
+        if (core_no_overlap(written, others[i], names[i], 0) < 0) return -1;
     return 0;
 }
 
@@ -21,8 +21,8 @@ static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
                                      &eps, &weight_decay, &step_given, &grad_scale))
         return NULL;
     for (int i = 0; i < 3; i++)
-        if (!core_inout(arrays[i], array_names[i], "n", &d)) return NULL;
-    if (!core_input(arrays[3], "g", "n", &d)) return NULL;
+        if (!core_inout(arrays[i], array_names[i], "=n", &d)) return NULL;
+    if (!core_input(arrays[3], "g", "=n", &d)) return NULL;
     for (int i = 0; i < 3; i++)
         if (apart(arrays[i], arrays + i + 1, array_names + i + 1, 3 - i) < 0) return NULL;
     const double below_one = 1.0 - 1e-12;
@@ -35,7 +35,7 @@ static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
         PyErr_Format(PyExc_ValueError, "step: expected an integer from 1 to 2**63 - 1, got %S", step_given);
         return NULL;
     }
-    CORE_KERNEL(result, adamw, core_data(arrays[0]), core_data(arrays[1]), core_data(arrays[2]), core_data(arrays[3]), DIM(&d, 'n'), (float)lr,
+    CORE_KERNEL(result, &d, adamw, core_data(arrays[0]), core_data(arrays[1]), core_data(arrays[2]), core_data(arrays[3]), DIM(&d, 'n'), (float)lr,
                 (float)beta1, (float)beta2, (float)eps, (float)weight_decay, (int64_t)step, (float)grad_scale);
     if (result < 0) return NULL;
     Py_RETURN_NONE;
@@ -46,8 +46,8 @@ static PyObject *sum_squares(PyObject *module, PyObject *x) {
     core_dims d = {0};
     double sum = 0;
     int result;
-    if (!core_input(x, "x", "*", &d)) return NULL;
-    CORE_KERNEL(result, sum_squares, &sum, core_data(x), DIM(&d, '*'));
+    if (!core_input(x, "x", "=*", &d)) return NULL;
+    CORE_KERNEL(result, &d, sum_squares, &sum, core_data(x), DIM(&d, '*'));
     return result < 0 ? NULL : PyFloat_FromDouble(sum);
 }
 
@@ -59,9 +59,9 @@ static PyObject *ema(PyObject *module, PyObject *args, PyObject *kwargs) {
     core_dims d = {0};
     int result;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOd:ema", names, &e, &p, &decay)) return NULL;
-    if (core_in_range(decay, "decay", 0, 1) < 0 || !core_inout(e, "e", "*", &d) || !core_same_shape(p, "p", (PyArrayObject *)e, "e")) return NULL;
-    if (core_no_overlap(e, (PyArrayObject *)p, "p", 0) < 0) return NULL;
-    CORE_KERNEL(result, ema, core_data(e), core_data(p), (float)decay, DIM(&d, '*'));
+    if (core_in_range(decay, "decay", 0, 1) < 0 || !core_inout(e, "e", "=*", &d) || !core_same_shape(p, "p", e, "e")) return NULL;
+    if (core_no_overlap(e, p, "p", 0) < 0) return NULL;
+    CORE_KERNEL(result, &d, ema, core_data(e), core_data(p), (float)decay, DIM(&d, '*'));
     if (result < 0) return NULL;
     Py_RETURN_NONE;
 }
@@ -71,7 +71,7 @@ static PyObject *zero(PyObject *module, PyObject *y) {
     core_dims d = {0};
     int result;
     if (!core_inout(y, "y", "*", &d)) return NULL;
-    CORE_KERNEL(result, zero, core_data(y), DIM(&d, '*'));
+    CORE_KERNEL(result, &d, zero, core_data(y), DIM(&d, '*'));
     if (result < 0) return NULL;
     Py_RETURN_NONE;
 }
@@ -83,8 +83,8 @@ static PyObject *copy(PyObject *module, PyObject *args, PyObject *kwargs) {
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O:copy", names, &x, &out) || !core_input(x, "x", "*", &d)) return NULL;
-    PyObject *y = core_output_like(out, (PyArrayObject *)x);
-    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0) CORE_KERNEL(result, copy, core_data(y), core_data(x), DIM(&d, '*'));
+    PyObject *y = core_output_like(out, x);
+    if (y && core_no_overlap(y, x, "x", 0) == 0) CORE_KERNEL(result, &d, copy, core_data(y), core_data(x), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(y);
     return y;
 }
@@ -96,10 +96,10 @@ static PyObject *add(PyObject *module, PyObject *args, PyObject *kwargs) {
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$O:add", names, &a, &b, &out)) return NULL;
-    if (!core_input(a, "a", "*", &d) || !core_same_shape(b, "b", (PyArrayObject *)a, "a")) return NULL;
-    PyObject *y = core_output_like(out, (PyArrayObject *)a);
-    if (y && core_no_overlap(y, (PyArrayObject *)a, "a", 1) == 0 && core_no_overlap(y, (PyArrayObject *)b, "b", 1) == 0)
-        CORE_KERNEL(result, add, core_data(y), core_data(a), core_data(b), DIM(&d, '*'));
+    if (!core_input(a, "a", "*", &d) || !core_same_shape(b, "b", a, "a")) return NULL;
+    PyObject *y = core_output_like(out, a);
+    if (y && core_no_overlap(y, a, "a", 1) == 0 && core_no_overlap(y, b, "b", 1) == 0)
+        CORE_KERNEL(result, &d, add, core_data(y), core_data(a), core_data(b), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(y);
     return y;
 }
@@ -112,9 +112,9 @@ static PyObject *axpy(PyObject *module, PyObject *args, PyObject *kwargs) {
     core_dims d = {0};
     int result;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOd:axpy", names, &y, &x, &alpha)) return NULL;
-    if (core_finite(alpha, "alpha") < 0 || !core_inout(y, "y", "*", &d) || !core_same_shape(x, "x", (PyArrayObject *)y, "y")) return NULL;
-    if (core_no_overlap(y, (PyArrayObject *)x, "x", 1) < 0) return NULL;
-    CORE_KERNEL(result, axpy, core_data(y), core_data(x), (float)alpha, DIM(&d, '*'));
+    if (core_finite(alpha, "alpha") < 0 || !core_inout(y, "y", "*", &d) || !core_same_shape(x, "x", y, "y")) return NULL;
+    if (core_no_overlap(y, x, "x", 1) < 0) return NULL;
+    CORE_KERNEL(result, &d, axpy, core_data(y), core_data(x), (float)alpha, DIM(&d, '*'));
     if (result < 0) return NULL;
     Py_RETURN_NONE;
 }
@@ -128,8 +128,8 @@ static PyObject *scale(PyObject *module, PyObject *args, PyObject *kwargs) {
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Od|$O:scale", names, &x, &alpha, &out)) return NULL;
     if (core_finite(alpha, "alpha") < 0 || !core_input(x, "x", "*", &d)) return NULL;
-    PyObject *y = core_output_like(out, (PyArrayObject *)x);
-    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 1) == 0) CORE_KERNEL(result, scale, core_data(y), core_data(x), (float)alpha, DIM(&d, '*'));
+    PyObject *y = core_output_like(out, x);
+    if (y && core_no_overlap(y, x, "x", 1) == 0) CORE_KERNEL(result, &d, scale, core_data(y), core_data(x), (float)alpha, DIM(&d, '*'));
     if (result < 0) Py_CLEAR(y);
     return y;
 }

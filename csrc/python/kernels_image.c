@@ -41,12 +41,11 @@ static PyObject *conv2d_forward(PyObject *module, PyObject *args, PyObject *kwar
     int ok, result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|OOO$O:conv2d_forward", names, &x, &w, &bias_given, &stride, &padding, &out)) return NULL;
     if (!core_input(x, "x", "BCHW", &d) || !core_input(w, "w", "KCYX", &d)) return NULL;
-    PyArrayObject *bias = core_optional(bias_given, "bias", "K", &d, &ok);
+    PyObject *bias = core_optional(bias_given, "bias", "K", &d, &ok);
     if (!ok || read_conv(&conv, &d, stride, padding) < 0) return NULL;
     PyObject *y = core_output(out, "BKPQ", &d);
-    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)w, "w", 0) == 0 &&
-        core_no_overlap(y, bias, "bias", 0) == 0)
-        CORE_KERNEL(result, conv2d_forward, core_data(y), core_data(x), core_data(w), core_data(bias), &conv);
+    if (y && core_no_overlap(y, x, "x", 0) == 0 && core_no_overlap(y, w, "w", 0) == 0 && core_no_overlap(y, bias, "bias", 0) == 0)
+        CORE_KERNEL(result, &d, conv2d_forward, core_data(y), core_data(x), core_data(w), core_data(bias), &conv);
     if (result < 0) Py_CLEAR(y);
     return y;
 }
@@ -54,7 +53,7 @@ static PyObject *conv2d_forward(PyObject *module, PyObject *args, PyObject *kwar
 static PyObject *conv2d_backward(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
     static char *names[] = {"dy", "x", "w", "stride", "padding", "input", "weight", "bias", NULL};
-    static const char *const shapes[3] = {"BCHW", "KCYX", "K"};
+    static const char *const shapes[3] = {"BCHW", "=KCYX", "=K"};
     PyObject *dy, *x, *w, *stride = NULL, *padding = NULL, *flags[3] = {NULL}, *grads[3] = {NULL}, *triple = NULL;
     int wanted[3] = {1, 1, 1}, result;
     core_dims d = {0};
@@ -70,7 +69,7 @@ static PyObject *conv2d_backward(PyObject *module, PyObject *args, PyObject *kwa
         grads[i] = wanted[i] ? core_new(shapes[i], &d, i > 0) : Py_NewRef(Py_None); /* the kernel adds to parameter gradients */
         if (!grads[i]) goto done;
     }
-    CORE_KERNEL(result, conv2d_backward, wanted[0] ? core_data(grads[0]) : NULL, wanted[1] ? core_data(grads[1]) : NULL,
+    CORE_KERNEL(result, &d, conv2d_backward, wanted[0] ? core_data(grads[0]) : NULL, wanted[1] ? core_data(grads[1]) : NULL,
                 wanted[2] ? core_data(grads[2]) : NULL, core_data(dy), core_data(x), core_data(w), &conv);
     if (result == 0) triple = PyTuple_Pack(3, grads[0], grads[1], grads[2]);
 done:
@@ -95,8 +94,8 @@ static PyObject *upsample2x_forward(PyObject *module, PyObject *args, PyObject *
     DIM(&d, 'Y') = 2 * DIM(&d, 'H');
     DIM(&d, 'X') = 2 * DIM(&d, 'W');
     PyObject *y = core_output(out, "BCYX", &d);
-    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0)
-        CORE_KERNEL(result, upsample2x_forward, core_data(y), core_data(x), (int)(DIM(&d, 'B') * DIM(&d, 'C')), IDIM(&d, 'H'), IDIM(&d, 'W'));
+    if (y && core_no_overlap(y, x, "x", 0) == 0)
+        CORE_KERNEL(result, &d, upsample2x_forward, core_data(y), core_data(x), (int)(DIM(&d, 'B') * DIM(&d, 'C')), IDIM(&d, 'H'), IDIM(&d, 'W'));
     if (result < 0) Py_CLEAR(y);
     return y;
 }
@@ -115,8 +114,8 @@ static PyObject *upsample2x_backward(PyObject *module, PyObject *args, PyObject 
     DIM(&d, 'H') = DIM(&d, 'Y') / 2;
     DIM(&d, 'W') = DIM(&d, 'X') / 2;
     PyObject *dx = core_output(out, "BCHW", &d);
-    if (dx && core_no_overlap(dx, (PyArrayObject *)dy, "dy", 0) == 0)
-        CORE_KERNEL(result, upsample2x_backward, core_data(dx), core_data(dy), (int)(DIM(&d, 'B') * DIM(&d, 'C')), IDIM(&d, 'H'), IDIM(&d, 'W'));
+    if (dx && core_no_overlap(dx, dy, "dy", 0) == 0)
+        CORE_KERNEL(result, &d, upsample2x_backward, core_data(dx), core_data(dy), (int)(DIM(&d, 'B') * DIM(&d, 'C')), IDIM(&d, 'H'), IDIM(&d, 'W'));
     if (result < 0) Py_CLEAR(dx);
     return dx;
 }
@@ -129,8 +128,8 @@ static PyObject *transpose(PyObject *module, PyObject *args, PyObject *kwargs) {
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O:transpose", names, &x, &out) || !core_input(x, "x", "BRQ", &d)) return NULL;
     PyObject *y = core_output(out, "BQR", &d);
-    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0)
-        CORE_KERNEL(result, transpose, core_data(y), core_data(x), IDIM(&d, 'B'), IDIM(&d, 'R'), IDIM(&d, 'Q'));
+    if (y && core_no_overlap(y, x, "x", 0) == 0)
+        CORE_KERNEL(result, &d, transpose, core_data(y), core_data(x), IDIM(&d, 'B'), IDIM(&d, 'R'), IDIM(&d, 'Q'));
     if (result < 0) Py_CLEAR(y);
     return y;
 }
@@ -159,7 +158,8 @@ static PyObject *patch_gather(PyObject *module, PyObject *args, PyObject *kwargs
     if (!core_input(image, "image", "BCHW", &d) || patch_sizes(&d, p) < 0) return NULL;
     PyObject *tokens = core_new("BNL", &d, 0);
     if (tokens)
-        CORE_KERNEL(result, patch_gather, core_data(tokens), core_data(image), IDIM(&d, 'B'), IDIM(&d, 'C'), IDIM(&d, 'H'), IDIM(&d, 'W'), p, last);
+        CORE_KERNEL(result, &d, patch_gather, core_data(tokens), core_data(image), IDIM(&d, 'B'), IDIM(&d, 'C'), IDIM(&d, 'H'), IDIM(&d, 'W'), p,
+                    last);
     if (result < 0) Py_CLEAR(tokens);
     return tokens;
 }
@@ -178,7 +178,8 @@ static PyObject *patch_scatter(PyObject *module, PyObject *args, PyObject *kwarg
     DIM(&d, 'C') = sizes[0], DIM(&d, 'H') = sizes[1], DIM(&d, 'W') = sizes[2];
     if (patch_sizes(&d, sizes[3]) < 0 || !core_input(tokens, "tokens", "BNL", &d)) return NULL;
     PyObject *image = core_new("BCHW", &d, 0);
-    if (image) CORE_KERNEL(result, patch_scatter, core_data(image), core_data(tokens), IDIM(&d, 'B'), sizes[0], sizes[1], sizes[2], sizes[3], last);
+    if (image)
+        CORE_KERNEL(result, &d, patch_scatter, core_data(image), core_data(tokens), IDIM(&d, 'B'), sizes[0], sizes[1], sizes[2], sizes[3], last);
     if (result < 0) Py_CLEAR(image);
     return image;
 }
@@ -197,28 +198,28 @@ static PyObject *add_position(PyObject *module, PyObject *args, PyObject *kwargs
         return NULL;
     }
     DIM(&d, 'N') = (int64_t)sides[0] * sides[1];
-    PyArrayObject *array = core_inout(x, "x", "BND", &d);
-    if (!array || core_no_overlap(x, (PyArrayObject *)table, "table", 0) < 0) return NULL;
-    CORE_KERNEL(result, add_position, core_data(array), core_data(table), IDIM(&d, 'B'), sides[0], sides[1], IDIM(&d, 'M'), IDIM(&d, 'D'));
+    PyObject *array = core_inout(x, "x", "BND", &d);
+    if (!array || core_no_overlap(x, table, "table", 0) < 0) return NULL;
+    CORE_KERNEL(result, &d, add_position, core_data(array), core_data(table), IDIM(&d, 'B'), sides[0], sides[1], IDIM(&d, 'M'), IDIM(&d, 'D'));
     if (result < 0) return NULL;
     Py_RETURN_NONE;
 }
 
 static PyObject *timestep_features(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
-    static char *names[] = {"sigma", "dim", NULL};
-    PyObject *sigma, *dim_given;
+    static char *names[] = {"sigma", "dim", "out", NULL};
+    PyObject *sigma, *dim_given, *out = NULL;
     core_dims d = {0};
     int dim, result = -1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:timestep_features", names, &sigma, &dim_given)) return NULL;
-    if (core_int(dim_given, "dim", 2, INT_MAX, &dim) < 0 || !core_input(sigma, "sigma", "B", &d)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$O:timestep_features", names, &sigma, &dim_given, &out)) return NULL;
+    if (core_int(dim_given, "dim", 2, INT_MAX, &dim) < 0 || !core_input(sigma, "sigma", "@B", &d)) return NULL;
     if (dim % 2) {
         PyErr_Format(PyExc_ValueError, "dim: expected an even number, got %d", dim);
         return NULL;
     }
     DIM(&d, 'D') = dim;
-    PyObject *features = core_new("BD", &d, 0);
-    if (features) CORE_KERNEL(result, timestep_features, core_data(features), core_data(sigma), IDIM(&d, 'B'), dim);
+    PyObject *features = core_output(out, "BD", &d);
+    if (features) CORE_KERNEL(result, &d, timestep_features, core_data(features), core_data(sigma), IDIM(&d, 'B'), dim);
     if (result < 0) Py_CLEAR(features);
     return features;
 }
@@ -233,7 +234,7 @@ static PyMethodDef functions[] = {
     CORE_METHOD("patch_gather", patch_gather, "(image, patch_size, channel_last=False) -> tokens"),
     CORE_METHOD("patch_scatter", patch_scatter, "(tokens, channels, height, width, patch_size, channel_last=False) -> image"),
     CORE_METHOD("add_position", add_position, "(x, table, grid): x += the centre of the table"),
-    CORE_METHOD("timestep_features", timestep_features, "(sigma, dim) -> [B,dim]"),
+    CORE_METHOD("timestep_features", timestep_features, "(sigma, dim, *, out=None) -> [B,dim]"),
     {NULL, NULL, 0, NULL},
 };
 

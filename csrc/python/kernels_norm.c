@@ -22,18 +22,18 @@ static PyObject *layer_norm_modulate_forward(PyObject *module, PyObject *args, P
     int ok, result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|d$O:layer_norm_modulate_forward", names, &x, &shift, &scale, &eps, &out)) return NULL;
     if (core_in_range(eps, "eps", 0, 1) < 0 || !core_input(x, "x", "BND", &d)) return NULL;
-    PyArrayObject *shift_array = core_optional(shift, "shift", "BD", &d, &ok);
+    PyObject *shift_array = core_optional(shift, "shift", "BD", &d, &ok);
     if (!ok) return NULL;
-    PyArrayObject *scale_array = core_optional(scale, "scale", "BD", &d, &ok);
+    PyObject *scale_array = core_optional(scale, "scale", "BD", &d, &ok);
     if (!ok) return NULL;
     if (!shift_array != !scale_array) {
         PyErr_SetString(PyExc_ValueError, "shift, scale: expected both or neither, got one");
         return NULL;
     }
-    PyObject *y = core_output(out, "BND", &d), *mean = core_new("BN", &d, 0), *rstd = core_new("BN", &d, 0);
-    if (y && mean && rstd && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, shift_array, "shift", 0) == 0 &&
+    PyObject *y = core_output(out, "BND", &d), *mean = core_new("=BN", &d, 0), *rstd = core_new("=BN", &d, 0);
+    if (y && mean && rstd && core_no_overlap(y, x, "x", 0) == 0 && core_no_overlap(y, shift_array, "shift", 0) == 0 &&
         core_no_overlap(y, scale_array, "scale", 0) == 0)
-        CORE_KERNEL(result, layer_norm_modulate_forward, core_data(y), core_data(mean), core_data(rstd), core_data(x), core_data(shift_array),
+        CORE_KERNEL(result, &d, layer_norm_modulate_forward, core_data(y), core_data(mean), core_data(rstd), core_data(x), core_data(shift_array),
                     core_data(scale_array), DIM(&d, 'D'), IDIM(&d, 'B'), IDIM(&d, 'N'), IDIM(&d, 'D'), (float)eps);
     return pack(result, y, mean, rstd);
 }
@@ -46,13 +46,13 @@ static PyObject *layer_norm_modulate_backward(PyObject *module, PyObject *args, 
     int ok, result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO:layer_norm_modulate_backward", names, &dy, &x, &mean, &rstd, &scale)) return NULL;
     if (!core_input(x, "x", "BND", &d) || !core_input(dy, "dy", "BND", &d)) return NULL;
-    if (!core_input(mean, "mean", "BN", &d) || !core_input(rstd, "rstd", "BN", &d)) return NULL;
-    PyArrayObject *scale_array = core_optional(scale, "scale", "BD", &d, &ok);
+    if (!core_input(mean, "mean", "=BN", &d) || !core_input(rstd, "rstd", "=BN", &d)) return NULL;
+    PyObject *scale_array = core_optional(scale, "scale", "BD", &d, &ok);
     if (!ok) return NULL;
     PyObject *dx = core_new("BND", &d, 1); /* the kernel adds to dx, as it joins a residual stream in the model */
     PyObject *dshift = scale_array ? core_new("BD", &d, 0) : Py_NewRef(Py_None), *dscale = scale_array ? core_new("BD", &d, 0) : Py_NewRef(Py_None);
     if (dx && dshift && dscale)
-        CORE_KERNEL(result, layer_norm_modulate_backward, core_data(dx), scale_array ? core_data(dshift) : NULL,
+        CORE_KERNEL(result, &d, layer_norm_modulate_backward, core_data(dx), scale_array ? core_data(dshift) : NULL,
                     scale_array ? core_data(dscale) : NULL, core_data(dy), core_data(x), core_data(mean), core_data(rstd), core_data(scale_array),
                     DIM(&d, 'D'), IDIM(&d, 'B'), IDIM(&d, 'N'), IDIM(&d, 'D'));
     return pack(result, dx, dshift, dscale);
@@ -67,9 +67,8 @@ static PyObject *gate_residual_forward(PyObject *module, PyObject *args, PyObjec
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$O:gate_residual_forward", names, &x, &y, &gate, &out)) return NULL;
     if (!core_input(x, "x", "BND", &d) || !core_input(y, "y", "BND", &d) || !core_input(gate, "gate", "BD", &d)) return NULL;
     PyObject *sum = core_output(out, "BND", &d);
-    if (sum && core_no_overlap(sum, (PyArrayObject *)x, "x", 1) == 0 && core_no_overlap(sum, (PyArrayObject *)y, "y", 0) == 0 &&
-        core_no_overlap(sum, (PyArrayObject *)gate, "gate", 0) == 0)
-        CORE_KERNEL(result, gate_residual_forward, core_data(sum), core_data(x), core_data(y), core_data(gate), DIM(&d, 'D'), IDIM(&d, 'B'),
+    if (sum && core_no_overlap(sum, x, "x", 1) == 0 && core_no_overlap(sum, y, "y", 0) == 0 && core_no_overlap(sum, gate, "gate", 0) == 0)
+        CORE_KERNEL(result, &d, gate_residual_forward, core_data(sum), core_data(x), core_data(y), core_data(gate), DIM(&d, 'D'), IDIM(&d, 'B'),
                     IDIM(&d, 'N'), IDIM(&d, 'D'));
     if (result < 0) Py_CLEAR(sum);
     return sum;
@@ -85,7 +84,7 @@ static PyObject *gate_residual_backward(PyObject *module, PyObject *args, PyObje
     if (!core_input(y, "y", "BND", &d) || !core_input(dout, "dout", "BND", &d) || !core_input(gate, "gate", "BD", &d)) return NULL;
     PyObject *dy = core_new("BND", &d, 0), *dgate = core_new("BD", &d, 0);
     if (dy && dgate)
-        CORE_KERNEL(result, gate_residual_backward, core_data(dy), core_data(dgate), core_data(dout), core_data(y), core_data(gate), DIM(&d, 'D'),
+        CORE_KERNEL(result, &d, gate_residual_backward, core_data(dy), core_data(dgate), core_data(dout), core_data(y), core_data(gate), DIM(&d, 'D'),
                     IDIM(&d, 'B'), IDIM(&d, 'N'), IDIM(&d, 'D'));
     return pack(result, dy, dgate, NULL);
 }
@@ -101,10 +100,10 @@ static PyObject *rms_norm_heads_forward(PyObject *module, PyObject *args, PyObje
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|d$O:rms_norm_heads_forward", names, &x, &w, &eps, &out)) return NULL;
     if (core_in_range(eps, "eps", 0, 1) < 0 || !core_input(x, "x", "Rhd", &d) || !core_input(w, "w", "d", &d)) return NULL;
-    PyObject *y = core_output(out, "Rhd", &d), *rstd = core_new("Rh", &d, 0);
+    PyObject *y = core_output(out, "Rhd", &d), *rstd = core_new("=Rh", &d, 0);
     ptrdiff_t row = (ptrdiff_t)(DIM(&d, 'h') * DIM(&d, 'd'));
-    if (y && rstd && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)w, "w", 0) == 0)
-        CORE_KERNEL(result, rms_norm_heads_forward, core_data(y), core_data(rstd), core_data(x), core_data(w), IDIM(&d, 'R'), IDIM(&d, 'h'),
+    if (y && rstd && core_no_overlap(y, x, "x", 0) == 0 && core_no_overlap(y, w, "w", 0) == 0)
+        CORE_KERNEL(result, &d, rms_norm_heads_forward, core_data(y), core_data(rstd), core_data(x), core_data(w), IDIM(&d, 'R'), IDIM(&d, 'h'),
                     IDIM(&d, 'd'), row, row, (float)eps);
     return pack(result, y, rstd, NULL);
 }
@@ -116,12 +115,12 @@ static PyObject *rms_norm_heads_backward(PyObject *module, PyObject *args, PyObj
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO:rms_norm_heads_backward", names, &dy, &x, &rstd, &w)) return NULL;
-    if (!core_input(x, "x", "Rhd", &d) || !core_input(dy, "dy", "Rhd", &d) || !core_input(rstd, "rstd", "Rh", &d) || !core_input(w, "w", "d", &d))
+    if (!core_input(x, "x", "Rhd", &d) || !core_input(dy, "dy", "Rhd", &d) || !core_input(rstd, "rstd", "=Rh", &d) || !core_input(w, "w", "d", &d))
         return NULL;
-    PyObject *dx = core_new("Rhd", &d, 0), *dw = core_new("d", &d, 1);
+    PyObject *dx = core_new("Rhd", &d, 0), *dw = core_new("=d", &d, 1);
     ptrdiff_t row = (ptrdiff_t)(DIM(&d, 'h') * DIM(&d, 'd'));
     if (dx && dw)
-        CORE_KERNEL(result, rms_norm_heads_backward, core_data(dx), core_data(dw), core_data(dy), core_data(x), core_data(rstd), core_data(w),
+        CORE_KERNEL(result, &d, rms_norm_heads_backward, core_data(dx), core_data(dw), core_data(dy), core_data(x), core_data(rstd), core_data(w),
                     IDIM(&d, 'R'), IDIM(&d, 'h'), IDIM(&d, 'd'), row, row, row);
     return pack(result, dx, dw, NULL);
 }
@@ -145,10 +144,10 @@ static PyObject *group_norm_forward(PyObject *module, PyObject *args, PyObject *
         return NULL;
     }
     DIM(&d, 'G') = groups;
-    PyObject *y = core_output(out, "BCL", &d), *mean = core_new("BG", &d, 0), *rstd = core_new("BG", &d, 0);
-    if (y && mean && rstd && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)gamma, "gamma", 0) == 0 &&
-        core_no_overlap(y, (PyArrayObject *)beta, "beta", 0) == 0)
-        CORE_KERNEL(result, group_norm_forward, core_data(y), core_data(mean), core_data(rstd), core_data(x), core_data(gamma), core_data(beta),
+    PyObject *y = core_output(out, "BCL", &d), *mean = core_new("=BG", &d, 0), *rstd = core_new("=BG", &d, 0);
+    if (y && mean && rstd && core_no_overlap(y, x, "x", 0) == 0 && core_no_overlap(y, gamma, "gamma", 0) == 0 &&
+        core_no_overlap(y, beta, "beta", 0) == 0)
+        CORE_KERNEL(result, &d, group_norm_forward, core_data(y), core_data(mean), core_data(rstd), core_data(x), core_data(gamma), core_data(beta),
                     IDIM(&d, 'B'), IDIM(&d, 'C'), IDIM(&d, 'L'), groups, (float)eps, silu);
     return pack(result, y, mean, rstd);
 }
@@ -162,8 +161,8 @@ static PyObject *group_norm_backward(PyObject *module, PyObject *args, PyObject 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|O:group_norm_backward", names, &dy, &x, &mean, &rstd, &gamma, &beta, &silu_given))
         return NULL;
     if (core_bool(silu_given, "silu", &silu) < 0) return NULL;
-    if (!core_input(x, "x", "BCL", &d) || !core_input(dy, "dy", "BCL", &d) || !core_input(mean, "mean", "BG", &d) ||
-        !core_input(rstd, "rstd", "BG", &d))
+    if (!core_input(x, "x", "BCL", &d) || !core_input(dy, "dy", "BCL", &d) || !core_input(mean, "mean", "=BG", &d) ||
+        !core_input(rstd, "rstd", "=BG", &d))
         return NULL;
     if (!core_input(gamma, "gamma", "C", &d) || !core_input(beta, "beta", "C", &d)) return NULL;
     if (DIM(&d, 'C') % DIM(&d, 'G')) {
@@ -171,9 +170,9 @@ static PyObject *group_norm_backward(PyObject *module, PyObject *args, PyObject 
                      (long long)DIM(&d, 'G'));
         return NULL;
     }
-    PyObject *dx = core_new("BCL", &d, 0), *dgamma = core_new("C", &d, 1), *dbeta = core_new("C", &d, 1);
+    PyObject *dx = core_new("BCL", &d, 0), *dgamma = core_new("=C", &d, 1), *dbeta = core_new("=C", &d, 1);
     if (dx && dgamma && dbeta)
-        CORE_KERNEL(result, group_norm_backward, core_data(dx), core_data(dgamma), core_data(dbeta), core_data(dy), core_data(x), core_data(mean),
+        CORE_KERNEL(result, &d, group_norm_backward, core_data(dx), core_data(dgamma), core_data(dbeta), core_data(dy), core_data(x), core_data(mean),
                     core_data(rstd), core_data(gamma), core_data(beta), IDIM(&d, 'B'), IDIM(&d, 'C'), IDIM(&d, 'L'), IDIM(&d, 'G'), silu);
     return pack(result, dx, dgamma, dbeta);
 }
@@ -185,16 +184,21 @@ static PyObject *spectral_norm_forward(PyObject *module, PyObject *args, PyObjec
     static char *names[] = {"w", "u", "iterations", NULL};
     PyObject *w, *u, *iterations_given = NULL, *result_tuple = NULL;
     core_dims d = {0};
-    int iterations = 1, result = -1;
-    float sigma = 0;
+    int iterations = 1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:spectral_norm_forward", names, &w, &u, &iterations_given)) return NULL;
     if (iterations_given && core_int(iterations_given, "iterations", 0, 1000000, &iterations) < 0) return NULL;
-    if (!core_input(w, "w", "RK", &d) || !core_inout(u, "u", "R", &d) || core_no_overlap(u, (PyArrayObject *)w, "w", 0) < 0) return NULL;
-    PyObject *w_hat = core_new("RK", &d, 0), *v = core_new("K", &d, 0);
-    if (w_hat && v)
-        CORE_KERNEL(result, spectral_norm_forward, core_data(w_hat), core_data(u), core_data(v), &sigma, core_data(w), IDIM(&d, 'R'), IDIM(&d, 'K'),
-                    iterations);
-    if (result == 0) result_tuple = Py_BuildValue("OOd", w_hat, v, (double)sigma);
+    if (!core_input(w, "w", "=RK", &d) || !core_inout(u, "u", "=R", &d) || core_no_overlap(u, w, "w", 0) < 0) return NULL;
+    d.of['u'] = 1;
+    PyObject *w_hat = core_new("RK", &d, 0), *v = core_new("=K", &d, 0), *sigma = core_new("=u", &d, 0);
+    core_call call;
+    if (w_hat && v && sigma && core_begin(&call, NULL, d.device, d.act) == 0) {
+        float value = 0;
+        ladd_status status = call.ctx.backend->spectral_norm_forward(&call.ctx, core_data(w_hat), core_data(u), core_data(v), core_data(sigma),
+                                                                     core_data(w), IDIM(&d, 'R'), IDIM(&d, 'K'), iterations);
+        if (status == LADD_OK) status = call.ctx.backend->download(&call.ctx, &value, core_data(sigma), sizeof value);
+        if (core_end(&call, status) == 0) result_tuple = Py_BuildValue("OOd", w_hat, v, (double)value);
+    }
+    Py_XDECREF(sigma);
     Py_XDECREF(w_hat);
     Py_XDECREF(v);
     return result_tuple;
@@ -208,13 +212,20 @@ static PyObject *spectral_norm_backward(PyObject *module, PyObject *args, PyObje
     core_dims d = {0};
     int result = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOd:spectral_norm_backward", names, &dw_hat, &w_hat, &u, &v, &sigma_given)) return NULL;
-    if (core_finite(sigma_given, "sigma") < 0 || !core_input(w_hat, "w_hat", "RK", &d) || !core_input(dw_hat, "dw_hat", "RK", &d)) return NULL;
-    if (!core_input(u, "u", "R", &d) || !core_input(v, "v", "K", &d)) return NULL;
-    float sigma = (float)sigma_given;
-    PyObject *dw = core_new("RK", &d, 1);
-    if (dw)
-        CORE_KERNEL(result, spectral_norm_backward, core_data(dw), core_data(dw_hat), core_data(w_hat), core_data(u), core_data(v), &sigma,
-                    IDIM(&d, 'R'), IDIM(&d, 'K'));
+    if (core_finite(sigma_given, "sigma") < 0 || !core_input(w_hat, "w_hat", "RK", &d) || !core_input(dw_hat, "dw_hat", "=RK", &d)) return NULL;
+    if (!core_input(u, "u", "=R", &d) || !core_input(v, "v", "=K", &d)) return NULL;
+    const float sigma_value = (float)sigma_given;
+    d.of['u'] = 1;
+    PyObject *dw = core_new("=RK", &d, 1), *sigma = core_new("=u", &d, 0);
+    core_call call;
+    if (dw && sigma && core_begin(&call, NULL, d.device, d.act) == 0) {
+        ladd_status status = call.ctx.backend->upload(&call.ctx, core_data(sigma), &sigma_value, sizeof sigma_value);
+        if (status == LADD_OK)
+            status = call.ctx.backend->spectral_norm_backward(&call.ctx, core_data(dw), core_data(dw_hat), core_data(w_hat), core_data(u),
+                                                              core_data(v), core_data(sigma), IDIM(&d, 'R'), IDIM(&d, 'K'));
+        result = core_end(&call, status);
+    }
+    Py_XDECREF(sigma);
     if (result < 0) Py_CLEAR(dw);
     return dw;
 }
@@ -231,9 +242,8 @@ static PyObject *channel_dot_forward(PyObject *module, PyObject *args, PyObject 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$O:channel_dot_forward", names, &x, &e, &bias, &out)) return NULL;
     if (!core_input(x, "x", "BCL", &d) || !core_input(e, "e", "BC", &d) || !core_input(bias, "bias", "u", &d)) return NULL;
     PyObject *y = core_output(out, "BL", &d);
-    if (y && core_no_overlap(y, (PyArrayObject *)x, "x", 0) == 0 && core_no_overlap(y, (PyArrayObject *)e, "e", 0) == 0 &&
-        core_no_overlap(y, (PyArrayObject *)bias, "bias", 0) == 0)
-        CORE_KERNEL(result, channel_dot_forward, core_data(y), core_data(x), core_data(e), core_data(bias), IDIM(&d, 'B'), IDIM(&d, 'C'),
+    if (y && core_no_overlap(y, x, "x", 0) == 0 && core_no_overlap(y, e, "e", 0) == 0 && core_no_overlap(y, bias, "bias", 0) == 0)
+        CORE_KERNEL(result, &d, channel_dot_forward, core_data(y), core_data(x), core_data(e), core_data(bias), IDIM(&d, 'B'), IDIM(&d, 'C'),
                     IDIM(&d, 'L'));
     if (result < 0) Py_CLEAR(y);
     return y;
@@ -248,9 +258,9 @@ static PyObject *channel_dot_backward(PyObject *module, PyObject *args, PyObject
     d.of['u'] = 1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:channel_dot_backward", names, &dy, &x, &e)) return NULL;
     if (!core_input(x, "x", "BCL", &d) || !core_input(dy, "dy", "BL", &d) || !core_input(e, "e", "BC", &d)) return NULL;
-    PyObject *dx = core_new("BCL", &d, 0), *de = core_new("BC", &d, 0), *dbias = core_new("u", &d, 1);
+    PyObject *dx = core_new("BCL", &d, 0), *de = core_new("BC", &d, 0), *dbias = core_new("=u", &d, 1);
     if (dx && de && dbias)
-        CORE_KERNEL(result, channel_dot_backward, core_data(dx), core_data(de), core_data(dbias), core_data(dy), core_data(x), core_data(e),
+        CORE_KERNEL(result, &d, channel_dot_backward, core_data(dx), core_data(de), core_data(dbias), core_data(dy), core_data(x), core_data(e),
                     IDIM(&d, 'B'), IDIM(&d, 'C'), IDIM(&d, 'L'));
     return pack(result, dx, de, dbias);
 }

@@ -118,7 +118,7 @@ static PyObject *mmdit_plan(PyObject *object, PyObject *args, PyObject *kwargs) 
     int *fields[4] = {&c.call.batch, &c.call.height, &c.call.width, &c.call.text_tokens};
     for (int i = 0; i < 4; i++)
         if (core_int(sizes[i], names[i], 1, INT_MAX, fields[i]) < 0) return NULL;
-    if (core_begin(&call, self->lock) < 0) return NULL;
+    if (core_begin(&call, self->lock, self->device, self->act) < 0) return NULL;
     if (core_end(&call, ladd_mmdit_plan(&call.ctx, &bytes, self->model, &c.call)) < 0) return NULL;
     return PyLong_FromSize_t(bytes);
 }
@@ -132,7 +132,7 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     core_saved *saved = NULL;
     ladd_mmdit_saved *kept = NULL;
     ladd_act *features[LADD_MAX_LAYERS];
-    core_dims dims = {0};
+    core_dims dims = core_place(self);
     mmdit_call c;
     core_call call;
 
@@ -142,7 +142,7 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     DIM(&dims, 'C') = config->in_channels;
     DIM(&dims, 'J') = config->joint_attention_dim;
     DIM(&dims, 'P') = config->pooled_projection_dim;
-    if (!core_input(latents, "latents", "BCHW", &dims) || !core_input(sigma, "sigma", "B", &dims)) return NULL;
+    if (!core_input(latents, "latents", "BCHW", &dims) || !core_input(sigma, "sigma", "@B", &dims)) return NULL;
     if (!core_input(context, "context", "BTJ", &dims) || !core_input(pooled, "pooled", "BP", &dims)) return NULL;
     int p = config->patch_size, limit = config->pos_embed_max_size;
     int64_t h = DIM(&dims, 'H') / p, w = DIM(&dims, 'W') / p;
@@ -166,7 +166,7 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     output = c.call.n_taps ? core_new_list(c.call.n_taps, "BND", &dims, features) : core_new("BKYX", &dims, 0);
     if (!output) goto done;
     if (c.call.keep && !(saved = core_saved_new(self, &dims, c.call.n_taps))) goto done;
-    if (core_begin(&call, self->lock) < 0) goto done;
+    if (core_begin(&call, self->lock, self->device, self->act) < 0) goto done;
     ladd_status status = ladd_mmdit_forward(&call.ctx, c.call.n_taps ? NULL : core_data(output), c.call.n_taps ? features : NULL, &kept, self->model,
                                             &c.call, core_data(latents), core_data(sigma), core_data(context), core_data(pooled));
     result = core_forward_end(&call, status, output, saved, kept);
@@ -191,7 +191,7 @@ static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwar
     for (int i = 0; i < 4; i++)
         if (core_bool(given[i], names[i + 1], &wanted[i]) < 0) return NULL;
     if (self->n_outputs == 0) {
-        PyArrayObject *array = core_input(cotangent, "cotangent", "BKYX", &self->dims);
+        PyObject *array = core_input(cotangent, "cotangent", "BKYX", &self->dims);
         if (!array) return NULL;
         dvelocity = core_data(array);
     } else {

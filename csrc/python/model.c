@@ -5,15 +5,23 @@
 /* ---- life ------------------------------------------------------------------------------------------------------------ */
 
 PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, const core_kind *kind) {
-    static char *names[] = {"config", NULL};
-    PyObject *mapping;
+    static char *names[] = {"config", "device", "dtype", NULL};
+    PyObject *mapping, *device = Py_None, *dtype = NULL;
     core_any_config config;
+    ladd_dtype act = LADD_F32;
     char format[64];
-    snprintf(format, sizeof format, "O:%s", kind->name);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &mapping) || kind->read_config(&config, mapping) < 0) return NULL;
+    snprintf(format, sizeof format, "O|OO:%s", kind->name);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &mapping, &device, &dtype) || kind->read_config(&config, mapping) < 0) return NULL;
+    if (dtype && core_dtype(dtype, "dtype", &act) < 0) return NULL;
+    if (device == Py_None ? act != LADD_F32 : !PyObject_TypeCheck(device, core_state_of(type)->device_type)) {
+        PyErr_Format(PyExc_ValueError, "device, dtype: expected None and 'float32', or a Device, got %R and %s", device, core_dtype_name(act));
+        return NULL;
+    }
     core_model *self = (core_model *)type->tp_alloc(type, 0); /* fields are zero */
     if (!self) return NULL;
     self->kind = kind;
+    self->act = act;
+    if (device != Py_None) self->device = (core_device *)Py_NewRef(device);
     ladd_status status;
     if (!(self->lock = PyThread_allocate_lock())) {
         PyErr_NoMemory();
@@ -27,6 +35,10 @@ PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, c
         goto failed;
     }
     self->params = kind->params(self->model);
+    if (self->device) {
+        core_call call;
+        if (core_begin(&call, NULL, self->device, act) < 0 || core_end(&call, ladd_params_place(&call.ctx, self->params)) < 0) goto failed;
+    }
     return (PyObject *)self;
 failed:
     Py_DECREF(self);
@@ -38,6 +50,7 @@ static void model_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(self);
     if (self->model) self->kind->model_free(self->model);
     if (self->lock) PyThread_free_lock(self->lock);
+    Py_XDECREF(self->device);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -56,7 +69,7 @@ static void saved_dealloc(PyObject *object) {
     core_saved *self = (core_saved *)object;
     PyTypeObject *type = Py_TYPE(self);
     if (self->saved) {
-        ladd_context ctx = ladd_cpu_context();
+        ladd_context ctx = core_context(self->owner->device, self->owner->act);
         self->owner->kind->saved_free(&ctx, self->saved);
     }
     Py_XDECREF(self->owner);
@@ -79,7 +92,7 @@ void *core_backward_begin(core_call *call, core_saved *self, int once, int param
         return NULL;
     }
     if (once) self->saved = NULL; /* before the GIL goes: another thread's call finds it used up */
-    if (core_begin(call, self->owner->lock) < 0) {
+    if (core_begin(call, self->owner->lock, self->owner->device, self->owner->act) < 0) {
         self->saved = saved;
         return NULL;
     }
@@ -91,6 +104,11 @@ void *core_backward_begin(core_call *call, core_saved *self, int once, int param
 
 /* A writable array on the model's own memory, which keeps the model alive. */
 static PyObject *view(core_model *self, float *data, int ndim, const int64_t *shape) {
+    if (self->device) {
+        int weights = data >= self->params->data && data < self->params->data + self->params->size;
+        int *stale = weights ? &self->params->stale : NULL;
+        return core_array_view(self->device, (PyObject *)self, stale, LADD_F32, data, ndim, shape);
+    }
     npy_intp sizes[LADD_MAX_DIMS];
     for (int i = 0; i < ndim; i++) sizes[i] = (npy_intp)shape[i];
     PyObject *array = PyArray_SimpleNewFromData(ndim, sizes, NPY_FLOAT32, data);
@@ -103,7 +121,7 @@ static PyObject *flat_view(core_model *self, float *data, int64_t count) { retur
 /* Gradients exist from their first use on. Under the lock: a backward of another thread may make them too. */
 static int need_grad(core_model *self) {
     core_call call;
-    if (core_begin(&call, self->lock) < 0) return -1;
+    if (core_begin(&call, self->lock, self->device, self->act) < 0) return -1;
     return core_end(&call, ladd_params_need_grad(self->params));
 }
 
@@ -126,12 +144,24 @@ static PyObject *views_by_name(core_model *self, float *base, int trainable_only
 
 /* ---- methods --------------------------------------------------------------------------------------------------------- */
 
+/* Initial values are drawn by the CPU, so that they do not depend on the device. */
+typedef struct init_call {
+    const core_kind *kind;
+    void *model;
+    uint64_t seed;
+} init_call;
+static ladd_status run_init(void *argument) {
+    const init_call *task = argument;
+    return task->kind->init(task->model, task->seed);
+}
+
 static PyObject *model_init(PyObject *object, PyObject *argument) {
     core_model *self = (core_model *)object;
     uint64_t seed;
     core_call call;
-    if (core_uint64(argument, "seed", &seed) < 0 || core_begin(&call, self->lock) < 0) return NULL;
-    if (core_end(&call, self->kind->init(self->model, seed)) < 0) return NULL;
+    if (core_uint64(argument, "seed", &seed) < 0 || core_begin(&call, self->lock, self->device, self->act) < 0) return NULL;
+    init_call task = {self->kind, self->model, seed};
+    if (core_end(&call, ladd_params_on_host(self->params, run_init, &task)) < 0) return NULL;
     Py_RETURN_NONE;
 }
 

@@ -46,20 +46,30 @@ static int signal_came(void *argument) {
     return came;
 }
 
-int core_begin(core_call *call, PyThread_type_lock lock) {
-    call->ctx = ladd_cpu_context();
+ladd_context core_context(const core_device *device, ladd_dtype act) {
+    if (!device) return ladd_cpu_context();
+    return (ladd_context){.backend = device->api->backend(act), .state = device->state, .act = act, .act_size = core_item_size(act)};
+}
+
+int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype act) {
+    call->ctx = core_context(device, act);
     if (!call->ctx.backend) return core_raise(LADD_ERR_VALUE);
     call->ctx.interrupted = signal_came;
     call->ctx.interrupt_argument = call;
     call->lock = lock;
+    call->device = device;
     clock_gettime(CLOCK_MONOTONIC, &call->checked);
-    /* The lock is waited for without the GIL: its holder needs the GIL to finish. */
+    /* Locks are waited for without the GIL: their holders need the GIL to finish. */
     call->thread = PyEval_SaveThread();
     if (lock) PyThread_acquire_lock(lock, WAIT_LOCK);
-    return 0;
+    if (!device) return 0;
+    PyThread_acquire_lock(device->lock, WAIT_LOCK);
+    ladd_status status = device->api->enter(device->state);
+    return status == LADD_OK ? 0 : core_end(call, status);
 }
 
 int core_end(core_call *call, ladd_status status) {
+    if (call->device) PyThread_release_lock(call->device->lock);
     if (call->lock) PyThread_release_lock(call->lock);
     PyEval_RestoreThread(call->thread);
     return status == LADD_OK ? 0 : core_raise(status);
@@ -132,6 +142,7 @@ static int core_exec(PyObject *module) {
     core_state *state = PyModule_GetState(module);
     if (core_add_dense(module) < 0 || core_add_norm(module) < 0 || core_add_image(module) < 0) return -1;
     if (core_add_diffusion(module) < 0 || core_add_flat(module) < 0) return -1;
+    if (core_add_array(module, state) < 0 || core_add_device(module, state) < 0) return -1;
     if (core_add_model(module, state) < 0) return -1;
     if (core_add_mmdit(module, state) < 0 || core_add_vae(module, state) < 0 || core_add_disc(module, state) < 0) return -1;
     return 0;
@@ -140,6 +151,9 @@ static int core_exec(PyObject *module) {
 static int core_traverse(PyObject *module, visitproc visit, void *arg) {
     core_state *state = PyModule_GetState(module);
     Py_VISIT(state->model_type);
+    Py_VISIT(state->device_type);
+    Py_VISIT(state->array_type);
+    Py_VISIT(state->guest_type);
     for (int i = 0; i < CORE_KINDS; i++) {
         Py_VISIT(state->types[i]);
         Py_VISIT(state->saved_types[i]);
@@ -150,6 +164,9 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg) {
 static int core_clear(PyObject *module) {
     core_state *state = PyModule_GetState(module);
     Py_CLEAR(state->model_type);
+    Py_CLEAR(state->device_type);
+    Py_CLEAR(state->array_type);
+    Py_CLEAR(state->guest_type);
     for (int i = 0; i < CORE_KINDS; i++) {
         Py_CLEAR(state->types[i]);
         Py_CLEAR(state->saved_types[i]);

@@ -6,6 +6,10 @@ Letters: B batch, C channels, H W size, N image tokens, T text tokens, S tokens,
 least 1. `out=None` allocates the result; a given `out` is written and returned. It may be the very memory of an input of the same shape where
 "in place" is said; any other overlap is an error. Names of gradients start with d. Gradients are returned in fresh arrays unless said otherwise.
 
+On a device the same functions take and return DeviceArray in place of ndarray: all arrays of a call on one device, of one compute type, but for
+statistics (mean, rstd, lse), gradients of parameters, masters and moments, which are float32, and numbers a sample that the host reads (sigma, t, factor,
+samples), which stay ndarray. They return before the work is done, unless they return a number.
+
 Every function and method releases the GIL while it computes. Methods of one model (and of what its forwards saved) exclude each other, so one model
 may be used from several threads; arrays that a caller shares between threads, tensors() views among them, are the caller's to guard. Ctrl-C is
 noticed between the layers of a model: the objects stay usable, but an interrupted backward has added a part of the parameter gradients.
@@ -36,6 +40,62 @@ def memory_in_use() -> int:
 
 def openblas_config() -> str: ...
 
+# ---- devices ---------------------------------------------------------------------------------------------------------------------------------
+
+class Device:
+    """One device of the extension whose capsule is given. `str(device)` is "cuda:0". ladd.device.get() keeps one object a device."""
+    def __init__(self, provider: Any, index: int) -> None: ...
+    def info(self) -> dict[str, Any]:
+        """name, architectures (what the kernels were compiled for), capability (90 is 9.0), driver, runtime, memory_free, memory_total (bytes)."""
+    def wait(self) -> None:
+        """Until all that was queued is done."""
+    def use_stream(self, handle: int | None, /) -> None:
+        """Work goes to this CUDA stream from now on, behind what was queued before; None: back to the device's own."""
+    def empty(self, shape: Sequence[int], dtype: str = "float32", zeroed: bool = False) -> DeviceArray: ...
+    def from_dlpack(self, value: Any, name: str, /) -> DeviceArray:
+        """On the memory of anything with __dlpack__ on this device; the producer's work is waited for by the stream, not by the host."""
+    def from_pointer(self, owner: Any, name: str, pointer: int, shape: Sequence[int], typestr: str, stream: int | None, /) -> DeviceArray:
+        """The same from the parts of __cuda_array_interface__."""
+    def capture_begin(self) -> None: ...
+    def capture_end(self) -> Any: ...
+    def replay(self, graph: Any, /) -> None: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def stream(self) -> int:
+        """The handle of the CUDA stream in use."""
+
+class DeviceArray:
+    """A dense array on a device. It computes nothing: torch, cupy and jax take it by DLPack without a copy."""
+    def numpy(self) -> Array:
+        """A float32 copy on the host; waits for the work that makes it."""
+    def copy(self) -> DeviceArray: ...
+    def astype(self, dtype: str, /) -> DeviceArray:
+        """A copy as "float32", "bfloat16" or "float16"."""
+    def reshape(self, *shape: Any) -> DeviceArray:
+        """A view."""
+    def __getitem__(self, key: Any, /) -> DeviceArray:
+        """[a:b] and [i] along the first axis, [...]: views."""
+    def __setitem__(self, key: Any, value: Any, /) -> None:
+        """Copies a host array or one of this device, of the same shape, or 0."""
+    def __len__(self) -> int: ...
+    def __dlpack__(self, *, stream: int | None = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> Device: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
 # ---- models ----------------------------------------------------------------------------------------------------------------------------------
 
 class Model:
@@ -64,7 +124,7 @@ class MMDiT(Model):
     caption_projection_dim, pooled_projection_dim, pos_embed_max_size (int), qk_norm (None | "rms_norm"), dual_attention_layers (sequence of int).
     Keys may be missing (diffusers' defaults; out_channels None = in_channels); unknown keys are a ValueError. Weights are zero until init() or until
     they are written; the position table is computed."""
-    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    def __init__(self, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> None: ...
     def plan(
         self,
         batch: int,
@@ -113,7 +173,7 @@ class AutoencoderKL(Model):
     """config: in_channels, out_channels, latent_channels, block_out_channels (sequence of int), layers_per_block, norm_num_groups, use_quant_conv,
     use_post_quant_conv, mid_block_add_attention. Also accepted and checked, as only one value is built: act_fn ("silu"), down_block_types (all
     "DownEncoderBlock2D"), up_block_types (all "UpDecoderBlock2D"). Keys may be missing (diffusers' defaults); unknown keys are a ValueError."""
-    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    def __init__(self, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> None: ...
     def encode(self, images: Array, keep: bool = False) -> tuple[Array, AutoencoderKLSaved | None]:
         """images[B,Cin,H,W] -> moments[B,2C,H/f,W/f] = mean and log variance (not clamped)."""
     def decode(self, z: Array, keep: bool = False) -> tuple[Array, AutoencoderKLSaved | None]:
@@ -126,7 +186,7 @@ class AutoencoderKLSaved:
 class Discriminator(Model):
     """config: feature_dim, taps (sequence of int), pooled_dim, width, kernel_size, norm ("group" | "none"), num_groups, spectral_norm (bool),
     condition_sigma (bool), condition_pooled (bool), condition_dim. All are required."""
-    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    def __init__(self, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> None: ...
     def forward(
         self, features: Sequence[Array], sigma: Array, pooled: Array | None, grid: tuple[int, int], update_u: bool = False, keep: bool = False
     ) -> tuple[list[Array], DiscriminatorSaved | None]:
@@ -330,5 +390,5 @@ def patch_scatter(tokens: Array, channels: int, height: int, width: int, patch_s
 def add_position(x: Array, table: Array, grid: tuple[int, int]) -> None:
     """x[B,h*w,D] += the centre h by w of table[max,max,D], in place."""
 
-def timestep_features(sigma: Array, dim: int) -> Array:
+def timestep_features(sigma: Array, dim: int, *, out: Array | None = None) -> Array:
     """sigma[B] -> [B,dim], the sinusoidal features of 1000 sigma."""

@@ -1,0 +1,44 @@
+/* What a device brings to the core beside its tables of kernels. The extension ladd._cuda offers one such table of functions in a capsule, the tests'
+ * emulator another; the binding takes either, so the core links neither. Streams and events are handles that only the device looks into. */
+#ifndef LADD_DEVICE_H
+#define LADD_DEVICE_H
+#include "backend.h"
+
+enum { LADD_DEVICE_API = 1 }; /* raised when this struct or the table of kernels changes: both sides must agree */
+
+typedef struct ladd_device_info {
+    char name[256], architectures[128]; /* architectures: what the kernels were compiled for */
+    int capability, driver, runtime;    /* 90 for 9.0; 13000 for 13.0 */
+    size_t memory_free, memory_total;
+} ladd_device_info;
+
+typedef struct ladd_device_api {
+    int version;
+    size_t kernels; /* sizeof(ladd_backend) on the device's side */
+    /* Called once. report records a sentence in the core; locate writes the path of a library ("cublasLt", "cudnn", "nccl") found by Python, or
+     * fails. */
+    void (*connect)(ladd_status (*report)(ladd_status code, const char *sentence),
+                    ladd_status (*locate)(const char *library, char *path, size_t room));
+    ladd_status (*count)(int *devices);
+    ladd_status (*open)(void **state, int index);
+    void (*close)(void *state);
+    /* At the head of every call: makes the device current in this thread; an error if it is no longer usable. */
+    ladd_status (*enter)(void *state);
+    const ladd_backend *(*backend)(ladd_dtype act);
+    ladd_status (*info)(void *state, ladd_device_info *info);
+    ladd_status (*wait)(void *state);
+    void *(*stream)(void *state);
+    void (*use_stream)(void *state, void *stream, int own);   /* own: back to the state's stream */
+    ladd_status (*wait_for)(void *state, void *stream);       /* what is queued next waits for what `stream` holds now */
+    ladd_status (*let_wait)(void *state, void *stream);       /* `stream` waits for what is queued now */
+    ladd_status (*record)(void *state, void **event);         /* a mark behind what is queued now */
+    int (*passed)(void *event);                               /* 1: all before the mark is done; the event is then gone */
+    ladd_status (*owner_of)(const void *pointer, int *index); /* which device the memory is on; -1: none */
+    ladd_status (*capture_begin)(void *state);                /* until capture_end, calls are recorded and not run */
+    ladd_status (*capture_end)(void *state, void **graph);
+    ladd_status (*replay)(void *state, void *graph);
+    void (*graph_free)(void *graph);
+} ladd_device_api;
+
+#define LADD_DEVICE_CAPSULE "ladd.device_api"
+#endif
