@@ -57,7 +57,8 @@ def compile_one(source: Path, folder: Path) -> Path:
 
 def build() -> Path:
     """The library of all kernels, made if it is not there or not new."""
-    sources = [*sorted((ROOT / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp")), ROOT / "csrc" / "core.c"]
+    kernels = [path for path in sorted((ROOT / "cuda").glob("*.cu")) if path.stem not in ("device", "libraries")]  # device.cpp stands for them
+    sources = [*kernels, *sorted(HERE.glob("*.cpp")), ROOT / "csrc" / "core.c"]
     key = hashlib.sha256("\0".join([*FLAGS, *CXX_FLAGS]).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"cuda-emulated-{key}"
     folder.mkdir(parents=True, exist_ok=True)
