@@ -167,21 +167,30 @@ __device__ __forceinline__ void ladd_block_sum(F (&x)[K], F *shared) {
     for (int k = 0; k < K; k++) x[k] = ladd_warp_sum(lane < warps ? shared[k * LADD_WARP + lane] : F(0));
 }
 
-/* The second pass of a reduction in two: out[b * stride + i] = (or +=) sum over c of parts[b, c, i], c ascending; parts[B, chunks, n] float. */
+/* The second pass of a reduction in two: out[b * stride + i] = (or +=) sum over c of parts[b, c, i]; parts[B, chunks, n] float. A block takes 32 columns;
+ * warp s adds chunks s, s + 8, ... in order, then the eight sums are added in order. */
 template <typename Out, bool ACCUMULATE>
 __global__ void __launch_bounds__(LADD_BLOCK) ladd_sum_parts_kernel(Out *out, int64_t stride, const float *parts, int chunks, int n) {
-    const int i = blockIdx.x * LADD_BLOCK + threadIdx.x;
-    if (i >= n) return;
+    constexpr int SLICES = LADD_BLOCK / LADD_WARP;
+    __shared__ float sums[SLICES][LADD_WARP];
+    const int lane = threadIdx.x % LADD_WARP, slice = threadIdx.x / LADD_WARP, i = blockIdx.x * LADD_WARP + lane;
     const float *part = parts + (int64_t)blockIdx.y * chunks * n + i;
     float sum = 0.0f;
-    for (int c = 0; c < chunks; c++) sum += part[(int64_t)c * n];
+    if (i < n)
+#pragma unroll 4
+        for (int c = slice; c < chunks; c += SLICES) sum += part[(int64_t)c * n];
+    sums[slice][lane] = sum;
+    __syncthreads();
+    if (slice > 0 || i >= n) return;
+#pragma unroll
+    for (int s = 1; s < SLICES; s++) sum += sums[s][lane];
     Out *to = out + blockIdx.y * stride + i;
     *to = ladd_from_float<Out>(ACCUMULATE ? ladd_to_float(*to) + sum : sum);
 }
 
 template <bool ACCUMULATE, typename Out>
 static inline ladd_status ladd_sum_parts(const ladd_context *ctx, Out *out, int64_t stride, const float *parts, int B, int chunks, int n) {
-    return LADD_LAUNCH(ctx, (ladd_sum_parts_kernel<Out, ACCUMULATE>), dim3((unsigned)ladd_ceil_div(n, LADD_BLOCK), (unsigned)B), LADD_BLOCK, 0, out,
+    return LADD_LAUNCH(ctx, (ladd_sum_parts_kernel<Out, ACCUMULATE>), dim3((unsigned)ladd_ceil_div(n, LADD_WARP), (unsigned)B), LADD_BLOCK, 0, out,
                        stride, parts, chunks, n);
 }
 
