@@ -219,6 +219,10 @@ ladd_status ladd_disc_forward(const ladd_context *ctx, ladd_act *const *logits, 
 /* dfeatures[i] may be NULL. params != 0 adds to the parameter gradients. Unlike the others may be called more than once a forward. */
 ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatures, ladd_disc_saved *saved, const ladd_act *const *dlogits,
                                int params);
+/* R1 on the heads' inputs after a forward on real pictures: *penalty = mean over the batch of |g|^2, g = d(sum of all logits)/d(features), exact;
+ * weight * d(penalty)/d(parameters) is added to the gradients, a central difference with step `epsilon` relative to the features
+ * (layers/discriminator_head.h). Any number of times a forward; a compute type of 4 bytes only. */
+ladd_status ladd_disc_r1(const ladd_context *ctx, double *penalty, ladd_disc_saved *saved, float weight, float epsilon);
 void ladd_disc_saved_free(const ladd_context *ctx, ladd_disc_saved *saved);
 
 #endif

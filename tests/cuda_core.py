@@ -80,8 +80,7 @@ class StreamGrad(ctypes.Structure):
 
 class Conv(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_int)
-        for name in "B Cin H W Cout kh kw stride pad_top pad_left pad_bottom pad_right Ho Wo upsample".split()
+        (name, ctypes.c_int) for name in "B Cin H W Cout kh kw stride pad_top pad_left pad_bottom pad_right Ho Wo upsample".split()
     )
 
 

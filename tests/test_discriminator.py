@@ -226,3 +226,54 @@ def test_bad_calls_are_errors_and_change_nothing() -> None:
             saved.backward(dlogits)
     assert all(same_bits(value, weights[key]) for key, value in model.tensors().items())
     assert all(same_bits(a, b) for a, b in zip(good, forward(model, "default", x)[0], strict=True))
+
+
+# ---- R1 --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "none"}, {"condition_sigma": False, "condition_pooled": False, "spectral_norm": False}])
+@pytest.mark.parametrize(("batch", "side"), [(1, 3), (3, 4), (8, 6)])
+def test_r1_and_its_gradient(batch: int, side: int, changes: dict[str, Any]) -> None:
+    """Against float64: the oracle's parameter gradients at two near points, so near that no leaky ReLU changes its side between them."""
+    config = ladd.DiscriminatorConfig(
+        **{"feature_dim": 16, "taps": (0, 2), "pooled_dim": 10, "width": 8, "num_groups": 2, "condition_dim": 6, **changes}
+    )
+    core = ladd.Discriminator(config, seed=5)._core
+    core.flat_trainable[:] += 0.1 * normal(6, core.flat_trainable.size)
+    features = [normal(10 + i, batch, side * side, 16) for i in range(2)]
+    sigma, pooled = np.linspace(0.1, 0.9, batch, dtype=np.float32), normal(9, batch, 10)
+    weights = {name: value.copy() for name, value in core.tensors().items()}
+
+    def slopes(points: list[Array]) -> tuple[list[Array], dict[str, Array]]:
+        leaves, given = support.leaves(weights), [ad.Tensor(point) for point in points]
+        ad.backward([(x, 1.0) for x in oracle.forward(config.to_dict(), leaves, given, sigma, ad.Tensor(pooled), (side, side))])
+        grads = {name: np.zeros(leaf.shape) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        return [np.asarray(x.grad) for x in given], grads
+
+    exact = [x.astype(np.float64) for x in features]
+    g, _ = slopes(exact)
+    squares = sum(float((x**2).sum()) for x in g)
+    h = 1e-8 * np.sqrt(sum((x**2).sum() for x in exact) / squares)
+    ends = [slopes([f + sign * h * x for f, x in zip(exact, g, strict=True)])[1] for sign in (1, -1)]
+
+    _, saved = core.forward(features, sigma, pooled if config.condition_pooled else None, (side, side), keep=True)
+    core.flat_grad[:] = 0
+    assert saved.r1(0.3, 1e-4) == pytest.approx(squares / batch, rel=1e-5)
+    once = core.flat_grad.copy()
+    assert saved.r1(0.3, 1e-4) > 0  # any number of times, added to what is there
+    assert np.linalg.norm(core.flat_grad - 2 * once) < 1e-3 * np.linalg.norm(once)
+    names = core.trainable_names()
+    expected = np.concatenate([0.3 * ((ends[0][n] - ends[1][n]) / (h * batch)).ravel() for n in names])
+    error = np.linalg.norm(once - expected) / np.linalg.norm(expected)
+    assert error < 1e-3, f"off by {error:.1e} of the gradient's length"
+
+
+def test_r1_of_a_flat_head_and_bad_steps() -> None:
+    core = ladd.Discriminator(ladd.DiscriminatorConfig(feature_dim=4, taps=(0,), width=8, condition_pooled=False, spectral_norm=False))._core
+    core.flat[:] = 0
+    _, saved = core.forward([normal(1, 2, 6, 4)], np.float32([0.5, 0.5]), None, (2, 3), keep=True)
+    core.flat_grad[:] = 0
+    assert saved.r1(1.0, 1e-4) == 0 and not core.flat_grad.any()
+    for weight, epsilon, message in ((1.0, 0.0, "epsilon above 0"), (np.nan, 1e-4, "weight"), (1.0, np.inf, "epsilon")):
+        with pytest.raises(ValueError, match=message):
+            saved.r1(weight, epsilon)

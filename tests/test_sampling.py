@@ -260,6 +260,14 @@ def test_a_mask_keeps_what_it_does_not_cover(method: str) -> None:
         np.testing.assert_allclose(states[1]["latents"][..., :3], line[..., :3], atol=1e-6)
 
 
+def test_one_guidance_scale_an_image() -> None:
+    options: dict[str, Any] = {"size": (4, 4), "steps": 3, "negative": (CONTEXT[:1], POOLED[:1]), "seeds": 4}
+    mixed = ladd.sample(MODEL, CONTEXT, POOLED, guidance_scale=[1.0, 2.5, 0.0], **options)
+    plain, guided = (ladd.sample(MODEL, CONTEXT, POOLED, guidance_scale=scale, **options) for scale in (1.0, 2.5))
+    np.testing.assert_allclose(mixed, np.stack([plain[0], guided[1], plain[2]]), atol=2e-5)
+    assert np.abs(plain[1] - guided[1]).max() > 0.01
+
+
 def test_steering_through_the_state() -> None:
     start = normal(6, 3, 4, 4, 4)
 
@@ -289,6 +297,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rng": ({"rng": "cuda"}, ValueError, "rng must be philox or torch"),
     "guidance below 1": ({"guidance_scale": 0.5}, ValueError, "guidance_scale must be 0 or 1 .* got 0.5"),
     "guidance NaN": ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be"),
+    "guidance of another batch": ({"guidance_scale": [2.0, 3.0]}, ValueError, r"one an image, shape \[3\], got \[2\]"),
+    "guidance of one image below 1": ({"guidance_scale": [2.0, 0.5, 1.0]}, ValueError, "guidance_scale must be"),
+    "guidance is a word": ({"guidance_scale": "3"}, ValueError, "guidance_scale must be .* got '3'"),
     "no negative": ({"guidance_scale": 2.0}, ValueError, "needs negative"),
     "negative of another batch": ({"guidance_scale": 2.0, "negative": (CONTEXT[:2], POOLED)}, ValueError, "negative context must have shape"),
     "negative is one array": ({"guidance_scale": 2.0, "negative": CONTEXT}, TypeError, "negative must be"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ladd.config import AdamWConfig, LADDConfig
 from ladd.data import shards
 from ladd.training import autoencoder, common, generate, teacher
 from ladd.training import ladd as distillation
+from ladd.training import watch as watching
 
 Array = np.ndarray
 
@@ -363,6 +366,70 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / ".step-00000008.tmp").exists()
 
 
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_saves_the_step_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, presses: int) -> None:
+    settings = distillation.LADDRun(steps=9, checkpoint_every=100, max_minutes=5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a machine's runner may have it ignored
+
+    def go(stop_at: int) -> int:
+        book, model = common.Run(tmp_path, {"run": settings}, settings, resume=True, shown=()), Counter()
+        book.restore(model)
+        for step in book:
+            if step == stop_at:
+                for _ in range(presses):
+                    os.kill(os.getpid(), signal.SIGINT)
+            model.value += 1
+            book.log(step, {})
+            book.checkpoint(step, model)
+        assert model.value[0] == 9
+        return book.first
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(stop_at=3)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        saved = [p.name for p in common.checkpoints(tmp_path)]
+        message = capfd.readouterr().err
+        assert "interrupted: this step ends and is saved" in message
+        if presses == 1:
+            assert saved == ["step-00000003"] and f"step 3 of 9 is saved in {tmp_path / saved[0]}: resume" in message
+            assert go(stop_at=0) == 4
+        else:
+            assert saved == [] and go(stop_at=0) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_a_distillation_warns_of() -> None:
+    def said(steps: int, latents: int, **metrics: float) -> list[str]:
+        watch = watching.Watch(latents, 4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(1, steps + 1):
+                watch(step, {"logit_gap": 0.02, "saturated": 0.01, **metrics})
+        return [str(w.message) for w in caught]
+
+    assert said(600, 1000) == []
+    assert [text[:42] for text in said(600, 10)] == ["each of the 10 latents has been seen 100 t"]
+    assert said(499, 1000, logit_gap=0.001) == []
+    assert [text[:38] for text in said(600, 1000, logit_gap=0.001)] == ["the heads do not tell real from fake: "]
+    assert [text[:29] for text in said(200, 1000, saturated=0.95)] == ["the discriminator has won: 95"]
+
+
+def test_settings_without_effect_are_named() -> None:
+    config = {"ladd": {"r1_interval": 4, "pair_times": "all", "seed": 1}, "discriminator": {"norm": "none", "num_groups": 4}}
+    heads = ladd.DiscriminatorConfig(feature_dim=16, taps=(0,), pooled_dim=4, norm="none", num_groups=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distillation._warn_unused(config, ladd.LADDConfig(r1_interval=4, pair_times="all"), heads)
+        distillation._warn_unused(config, ladd.LADDConfig(r1_interval=4, r1_weight=1, pair_times="all", pair_weight=1), heads)
+    assert [str(w.message) for w in caught] == [
+        "ladd.r1_interval has no effect: ladd.r1_weight is 0",
+        "ladd.pair_times has no effect: ladd.pair_weight is 0",
+        *['discriminator.num_groups has no effect: discriminator.norm is "none"'] * 2,
+    ]
+
+
 def test_a_time_budget_plans_the_steps_once(tmp_path: Path) -> None:
     settings = distillation.LADDRun(steps=1000, checkpoint_every=5, max_minutes=0.3 / 60)
 
@@ -450,18 +517,37 @@ def test_the_whole_chain_and_its_resumption(tmp_path: Path, monkeypatch: pytest.
     other_batch = generate.run({"run": {**settings, "batch": 4}}, out=tmp_path / "fours")
     assert other_batch is not None
     assert shards.LatentShards(other_batch, encoder).prompts(range(10)) == one.prompts(range(10))
-    drawings = generate.run({"run": {**settings, "source": "drawings"}}, out=tmp_path / "drawings")
+    several = generate.run({"run": {**settings, "guidance_scale": [2.0, 4.0]}}, out=tmp_path / "several")
+    assert several is not None
+    mixed = shards.LatentShards(several, encoder)
+    scales = mixed.rows("guidance_scale", range(10))
+    assert mixed.provenance["guidance_scale"] == [2.0, 4.0] and set(scales) == {2.0, 4.0}
+    assert np.array_equal(scales, generate.GenerateRun(guidance_scale=(2.0, 4.0)).scales(range(10)))
+    same = [i for i in range(10) if scales[i] == 2.0]
+    np.testing.assert_allclose(mixed.rows("latents", same), one.rows("latents", same), atol=2e-3)
+    other = [i for i in range(10) if scales[i] == 4.0]
+    assert other and all(not np.array_equal(mixed.rows("latents", [i]), one.rows("latents", [i])) for i in other)
+    with pytest.warns(UserWarning, match=r'run.steps, run.guidance_scale have no effect: run.source is "drawings"'):
+        drawings = generate.run({"run": {**settings, "source": "drawings"}}, out=tmp_path / "drawings")
     assert drawings is not None
     real = shards.LatentShards(drawings, encoder)
     assert real.prompts(range(10)) == one.prompts(range(10)) and real.latent_shape == one.latent_shape
     assert not np.array_equal(real.rows("latents", range(10)), one.rows("latents", range(10)))
-    with pytest.raises(ValueError, match="another origin"):
+    with pytest.raises(ValueError, match="another origin"), pytest.warns(UserWarning, match="no effect"):
         generate.run({"run": {**settings, "source": "drawings"}}, out=folder)
+    for scale, given in (([], "[]"), ([2.0, 0.5], "[2.0, 0.5]"), (0, "0"), ("3", "'3'")):
+        with pytest.raises(
+            ValueError, match=r"guidance_scale must be a number of at least 1 \(off\) or a list of them, got " + re.escape(given)
+        ):
+            generate.run({"run": {**settings, "guidance_scale": scale}}, out=tmp_path / "none", dry_run=True)
     config = {
         "data": {"teacher": str(pipeline), "latents": str(folder), "allow_noise_latents": True},
         "ladd": {"student": {"lr": 1e-3}, "pair_weight": 0.1},
         "discriminator": {"width": 8, "num_groups": 2, "condition_dim": 4}, "run": RUN,
     }  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "teacher" / "whole" / "metrics.jsonl").read_text().splitlines()]
+    losses = [[line[f"loss_{name}"] for name in ("seen", "heldout_base", "heldout_combination")] for line in lines if "loss_seen" in line]
+    assert len(losses) == 2 and 0.3 < np.min(losses) and np.max(losses) < 10 and len(set(losses[1])) == 3
     result = both_ways(distillation, config, tmp_path / "ladd")
     with pytest.raises(ValueError, match="holds encoded drawings"):
         distillation.run({**config, "data": {**config["data"], "latents": str(drawings)}}, out=tmp_path / "y")

@@ -89,6 +89,8 @@ void ladd_head_take(const ladd_context *ctx, ladd_head_saved *saved, ladd_arena 
     saved->rstd2 = ladd_take_f32(arena, statistics);
     saved->psi = ladd_take_act(ctx, arena, (int64_t)s->B * s->K);
     saved->e = ladd_take_act(ctx, arena, (int64_t)s->B * s->C);
+    saved->side_a = saved->a;
+    saved->side_r = saved->r;
 }
 
 /* e[B,C] = (w_out + W_d psi / sqrt(K)) / sqrt(2): the vector that the channels of each sample meet. */
@@ -142,34 +144,48 @@ static ladd_status direction_backward(const ladd_context *ctx, ladd_act *dembedd
     return LADD_OK;
 }
 
-ladd_status ladd_head_forward(const ladd_context *ctx, ladd_act *logits, ladd_head_saved *saved, const ladd_head_scratch *scratch,
-                              const ladd_act *features, const ladd_act *embedded, const ladd_act *pooled, const ladd_weights *w, float *buffers,
-                              const ladd_head_params *p, const ladd_head_sizes *s, int update_u) {
+/* Where `sides` are the tensor itself, its own sign; else that of another forward: then x keeps the slope that it had there. */
+static ladd_status leaky_relu(const ladd_context *ctx, ladd_act *x, const ladd_act *sides, int64_t n) {
+    if (sides == x)
+        LADD_K(ctx, leaky_relu_forward, x, x, SLOPE, n);
+    else
+        LADD_K(ctx, leaky_relu_backward, x, x, sides, SLOPE, n);
+    return LADD_OK;
+}
+
+/* From the features to the logits, with the weights and the direction e that `saved` holds. */
+static ladd_status trunk_forward(const ladd_context *ctx, ladd_act *logits, ladd_head_saved *saved, const ladd_head_scratch *scratch,
+                                 const ladd_act *features, const ladd_weights *w, const ladd_head_params *p, const ladd_head_sizes *s) {
     int N = s->h * s->w;
     int64_t image = (int64_t)s->B * N * s->C;
-    LADD_TRY(matrix_forward(ctx, &saved->proj, &p->proj, buffers, update_u));
-    LADD_TRY(matrix_forward(ctx, &saved->conv, &p->conv, buffers, update_u));
-    LADD_TRY(matrix_forward(ctx, &saved->out, &p->out, buffers, update_u));
-    LADD_TRY(matrix_forward(ctx, &saved->direction, &p->direction, buffers, update_u));
-    LADD_TRY(direction_forward(ctx, saved, scratch, embedded, pooled, w, p, s));
-
     const ladd_act *W_p = matrix_weight(ctx, &saved->proj, &p->proj, w), *W_c = matrix_weight(ctx, &saved->conv, &p->conv, w);
     LADD_K(ctx, linear_forward, scratch->tokens, features, W_p, ladd_weight(ctx, w, p->proj_bias), s->B * N, s->C, s->D);
     LADD_K(ctx, transpose, saved->p, scratch->tokens, s->B, N, s->C);
     if (s->groups)
         LADD_K(ctx, group_norm_forward, saved->a, saved->mean1, saved->rstd1, saved->p, ladd_weight(ctx, w, p->norm1_weight),
                ladd_weight(ctx, w, p->norm1_bias), s->B, s->C, N, s->groups, NORM_EPS, 0);
-    LADD_K(ctx, leaky_relu_forward, saved->a, saved->a, SLOPE, image);
+    LADD_TRY(leaky_relu(ctx, saved->a, saved->side_a, image));
 
     ladd_conv conv = head_conv(s);
     LADD_K(ctx, conv2d_forward, saved->c, saved->a, W_c, ladd_weight(ctx, w, p->conv_bias), &conv);
     if (s->groups)
         LADD_K(ctx, group_norm_forward, saved->r, saved->mean2, saved->rstd2, saved->c, ladd_weight(ctx, w, p->norm2_weight),
                ladd_weight(ctx, w, p->norm2_bias), s->B, s->C, N, s->groups, NORM_EPS, 0);
-    LADD_K(ctx, leaky_relu_forward, saved->r, saved->r, SLOPE, image);
+    LADD_TRY(leaky_relu(ctx, saved->r, saved->side_r, image));
     LADD_K(ctx, add, saved->sum, saved->r, saved->a, image);
     LADD_K(ctx, channel_dot_forward, logits, saved->sum, saved->e, ladd_weight(ctx, w, p->out_bias), s->B, s->C, N);
     return LADD_OK;
+}
+
+ladd_status ladd_head_forward(const ladd_context *ctx, ladd_act *logits, ladd_head_saved *saved, const ladd_head_scratch *scratch,
+                              const ladd_act *features, const ladd_act *embedded, const ladd_act *pooled, const ladd_weights *w, float *buffers,
+                              const ladd_head_params *p, const ladd_head_sizes *s, int update_u) {
+    LADD_TRY(matrix_forward(ctx, &saved->proj, &p->proj, buffers, update_u));
+    LADD_TRY(matrix_forward(ctx, &saved->conv, &p->conv, buffers, update_u));
+    LADD_TRY(matrix_forward(ctx, &saved->out, &p->out, buffers, update_u));
+    LADD_TRY(matrix_forward(ctx, &saved->direction, &p->direction, buffers, update_u));
+    LADD_TRY(direction_forward(ctx, saved, scratch, embedded, pooled, w, p, s));
+    return trunk_forward(ctx, logits, saved, scratch, features, w, p, s);
 }
 
 /* Leaky ReLU keeps the sign, so its backward reads the output, a or r, in place of the input, which is not kept. */
@@ -187,7 +203,7 @@ ladd_status ladd_head_backward(const ladd_context *ctx, ladd_act *dfeatures, lad
     ladd_act *dsum = scratch->d1, *dr = scratch->d2, *da = scratch->tokens; /* da: of the convolution's input, then with the shortcut's dsum */
     LADD_K(ctx, channel_dot_backward, dsum, NULL, NULL, dlogits, saved->sum, saved->e, s->B, s->C, N);
 
-    LADD_K(ctx, leaky_relu_backward, dr, dsum, saved->r, SLOPE, image);
+    LADD_K(ctx, leaky_relu_backward, dr, dsum, saved->side_r, SLOPE, image);
     if (s->groups)
         LADD_K(ctx, group_norm_backward, dr, ladd_weight_grad(w, p->norm2_weight), ladd_weight_grad(w, p->norm2_bias), dr, saved->c, saved->mean2,
                saved->rstd2, ladd_weight(ctx, w, p->norm2_weight), ladd_weight(ctx, w, p->norm2_bias), s->B, s->C, N, s->groups, 0);
@@ -197,7 +213,7 @@ ladd_status ladd_head_backward(const ladd_context *ctx, ladd_act *dfeatures, lad
     LADD_TRY(matrix_backward(ctx, &saved->conv, &p->conv, w, scratch->dw_hat));
     LADD_K(ctx, add, da, da, dsum, image);
 
-    LADD_K(ctx, leaky_relu_backward, da, da, saved->a, SLOPE, image);
+    LADD_K(ctx, leaky_relu_backward, da, da, saved->side_a, SLOPE, image);
     if (s->groups)
         LADD_K(ctx, group_norm_backward, da, ladd_weight_grad(w, p->norm1_weight), ladd_weight_grad(w, p->norm1_bias), da, saved->p, saved->mean1,
                saved->rstd1, ladd_weight(ctx, w, p->norm1_weight), ladd_weight(ctx, w, p->norm1_bias), s->B, s->C, N, s->groups, 0);
@@ -207,5 +223,58 @@ ladd_status ladd_head_backward(const ladd_context *ctx, ladd_act *dfeatures, lad
     LADD_K(ctx, linear_backward, dfeatures, d, ladd_weight_grad(w, p->proj_bias), dtokens, features, matrix_weight(ctx, &saved->proj, &p->proj, w),
            s->B * N, s->C, s->D);
     LADD_TRY(matrix_backward(ctx, &saved->proj, &p->proj, w, scratch->dw_hat));
+    return LADD_OK;
+}
+
+/* ---- R1 ---- */
+
+void ladd_head_r1_take(const ladd_context *ctx, ladd_head_r1_room *room, ladd_arena *arena, const ladd_head_params *p, const ladd_head_sizes *s) {
+    int64_t tokens = (int64_t)s->B * s->h * s->w;
+    ladd_head_take(ctx, &room->moved, arena, p, s);
+    room->dlogits = ladd_take_act(ctx, arena, tokens);
+    room->g = ladd_take_act(ctx, arena, tokens * s->D);
+    room->features = ladd_take_act(ctx, arena, tokens * s->D);
+    room->floats = ladd_take_f32(arena, tokens * s->D);
+}
+
+static ladd_status squares_of(const ladd_context *ctx, double *sum, const ladd_act *x, float *floats, int64_t n) {
+    LADD_TRY(ctx->backend->to_float(ctx, floats, x, n));
+    LADD_K(ctx, sum_squares, sum, floats, n);
+    return LADD_OK;
+}
+
+/* The same number everywhere: the gradient of the hinge loss of a generator, which is a negative mean of any logits. */
+static ladd_status fill(const ladd_context *ctx, ladd_act *x, const ladd_act *any, float value, int64_t n) {
+    double unused;
+    LADD_K(ctx, adversarial_loss, &unused, x, any, LADD_LOSS_HINGE, LADD_ROLE_GENERATOR, -value * (float)n, n);
+    return LADD_OK;
+}
+
+ladd_status ladd_head_r1(const ladd_context *ctx, double *squares, ladd_act *dembedded, const ladd_head_saved *saved,
+                         const ladd_head_scratch *scratch, ladd_head_r1_room *room, const ladd_act *features, const ladd_act *embedded,
+                         const ladd_act *pooled, const ladd_weights *w, const ladd_head_params *p, const ladd_head_sizes *s, float weight,
+                         float epsilon) {
+    int64_t tokens = (int64_t)s->B * s->h * s->w, n = tokens * s->D;
+    const ladd_weights frozen = {.data = w->data};
+    double size, length;
+    LADD_TRY(fill(ctx, room->dlogits, features, 1.0f, tokens));
+    LADD_TRY(ladd_head_backward(ctx, room->g, NULL, saved, scratch, room->dlogits, features, embedded, pooled, &frozen, p, s));
+    LADD_TRY(squares_of(ctx, &size, room->g, room->floats, n));
+    LADD_TRY(squares_of(ctx, &length, features, room->floats, n));
+    *squares += size;
+    if (size == 0.0 || length == 0.0) return LADD_OK;
+
+    ladd_head_saved *moved = &room->moved;
+    moved->proj = saved->proj, moved->conv = saved->conv, moved->out = saved->out, moved->direction = saved->direction;
+    moved->psi = saved->psi, moved->e = saved->e;
+    moved->side_a = saved->side_a, moved->side_r = saved->side_r;
+    double h = epsilon * sqrt(length / size);
+    for (int sign = 1; sign >= -1; sign -= 2) {
+        LADD_K(ctx, copy, room->features, features, n);
+        LADD_K(ctx, axpy, room->features, room->g, (float)(sign * h), n);
+        LADD_TRY(trunk_forward(ctx, room->dlogits, moved, scratch, room->features, w, p, s));
+        LADD_TRY(fill(ctx, room->dlogits, features, (float)(sign * weight / h), tokens));
+        LADD_TRY(ladd_head_backward(ctx, NULL, dembedded, moved, scratch, room->dlogits, room->features, embedded, pooled, w, p, s));
+    }
     return LADD_OK;
 }

@@ -40,6 +40,7 @@ typedef struct ladd_head_matrix_saved {
 typedef struct ladd_head_saved {
     ladd_head_matrix_saved proj, conv, out, direction;
     ladd_act *p, *a, *c, *r, *sum;        /* [B,C,h*w]; p and c are a and r without norm; sum = r + a */
+    const ladd_act *side_a, *side_r;      /* whose sign the leaky ReLUs follow: a and r, but in ladd_head_r1 those of another forward */
     float *mean1, *rstd1, *mean2, *rstd2; /* [B,groups] */
     ladd_act *psi, *e;                    /* [B,K] times 1/sqrt(K); [B,C] times 1/sqrt(2) */
 } ladd_head_saved;
@@ -62,4 +63,22 @@ ladd_status ladd_head_forward(const ladd_context *ctx, ladd_act *logits, ladd_he
 ladd_status ladd_head_backward(const ladd_context *ctx, ladd_act *dfeatures, ladd_act *dembedded, const ladd_head_saved *saved,
                                const ladd_head_scratch *scratch, const ladd_act *dlogits, const ladd_act *features, const ladd_act *embedded,
                                const ladd_act *pooled, const ladd_weights *w, const ladd_head_params *p, const ladd_head_sizes *s);
+
+/* Room for ladd_head_r1. */
+typedef struct ladd_head_r1_room {
+    ladd_head_saved moved;
+    ladd_act *dlogits;      /* [B,h*w] */
+    ladd_act *g, *features; /* [B,h*w,D] each */
+    float *floats;          /* [B*h*w*D] */
+} ladd_head_r1_room;
+
+void ladd_head_r1_take(const ladd_context *ctx, ladd_head_r1_room *room, ladd_arena *arena, const ladd_head_params *p, const ladd_head_sizes *s);
+/* *squares += |g|^2, g = d(sum of logits)/d(features); weight * d|g|^2/d(parameters) is added to w->grad and, as ladd_head_backward does, to
+ * dembedded. |g|^2 is exact. Its derivative is that of the sum's slope along g, taken as a central difference of the parameter gradients at
+ * features +- epsilon g |features| / |g| of a head whose leaky ReLUs stay on the side where `saved` has them: between their kinks the head is smooth,
+ * across one the difference would be of the size 1/epsilon. Needs a compute type of 4 bytes. */
+ladd_status ladd_head_r1(const ladd_context *ctx, double *squares, ladd_act *dembedded, const ladd_head_saved *saved,
+                         const ladd_head_scratch *scratch, ladd_head_r1_room *room, const ladd_act *features, const ladd_act *embedded,
+                         const ladd_act *pooled, const ladd_weights *w, const ladd_head_params *p, const ladd_head_sizes *s, float weight,
+                         float epsilon);
 #endif

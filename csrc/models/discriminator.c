@@ -323,6 +323,39 @@ ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatur
     return LADD_OK;
 }
 
+ladd_status ladd_disc_r1(const ladd_context *ctx, double *penalty, ladd_disc_saved *saved, float weight, float epsilon) {
+    ladd_disc *m = saved->model;
+    const ladd_head_sizes *z = &saved->sizes;
+    if (ctx->act_size != sizeof(float))
+        return ladd_fail(LADD_ERR_VALUE, "discriminator: R1 needs float32, its finite difference is lost in %d-byte numbers", (int)ctx->act_size);
+    if (!(epsilon > 0.0f)) return ladd_fail(LADD_ERR_VALUE, "discriminator: epsilon above 0 expected, got %g", (double)epsilon);
+    LADD_TRY(ladd_params_need_grad(&m->params));
+    const ladd_weights w = {.data = m->params.compute, .grad = m->params.grad};
+    ladd_head_r1_room room;
+    ladd_arena arena = {0};
+    ladd_head_r1_take(ctx, &room, &arena, &m->heads[0], z);
+    LADD_TRY(ladd_arena_reserve(ctx, &arena));
+    ladd_head_r1_take(ctx, &room, &arena, &m->heads[0], z);
+
+    int embedded = m->config.condition_sigma;
+    double squares = 0.0;
+    ladd_status status = LADD_OK;
+    if (embedded) status = ctx->backend->zero(ctx, saved->dembedded, (int64_t)z->B * z->K);
+    for (int i = 0; i < m->config.n_taps && status == LADD_OK; i++) {
+        status = ladd_check_interrupt(ctx);
+        if (status == LADD_OK)
+            status = ladd_head_r1(ctx, &squares, saved->dembedded, &saved->heads[i], &saved->scratch, &room, saved->features[i], saved->embedded,
+                                  saved->pooled, &w, &m->heads[i], z, weight / (float)z->B, epsilon);
+    }
+    ladd_arena_release(ctx, &arena);
+    LADD_TRY(status);
+    if (embedded)
+        LADD_TRY(ladd_embedder_backward(ctx, NULL, saved->dtime, saved->dembedded, saved->time_h, saved->time_a, saved->time, &w, &m->embedder, z->B,
+                                        DISC_TIME_FEATURES, z->K));
+    *penalty = squares / z->B;
+    return LADD_OK;
+}
+
 void ladd_disc_saved_free(const ladd_context *ctx, ladd_disc_saved *saved) {
     if (!saved) return;
     ladd_arena_release(ctx, &saved->arena);

@@ -127,6 +127,20 @@ static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwar
     return result;
 }
 
+static PyObject *saved_r1(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"weight", "epsilon", NULL};
+    core_saved *self = (core_saved *)object;
+    double weight, epsilon, penalty = 0.0;
+    core_call call;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dd:r1", names, &weight, &epsilon)) return NULL;
+    if (core_finite(weight, "weight") < 0 || core_finite(epsilon, "epsilon") < 0) return NULL;
+    ladd_status status;
+    ladd_disc_saved *saved = core_backward_begin(&call, self, 0, 1, &status);
+    if (!saved) return NULL;
+    if (status == LADD_OK) status = ladd_disc_r1(&call.ctx, &penalty, saved, (float)weight, (float)epsilon);
+    return core_end(&call, status) < 0 ? NULL : PyFloat_FromDouble(penalty);
+}
+
 /* ---- types ----------------------------------------------------------------------------------------------------------- */
 
 static PyMethodDef model_methods[] = {
@@ -136,6 +150,8 @@ static PyMethodDef model_methods[] = {
 
 static PyMethodDef saved_methods[] = {
     CORE_METHOD("backward", saved_backward, "backward(dlogits, params=True, features=True) -> list of dfeatures or None; any number of times"),
+    CORE_METHOD("r1", saved_r1,
+                "r1(weight, epsilon) -> mean of |d(sum of logits)/d(features)|^2; weight times its gradient is added to the parameters'"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -197,6 +197,9 @@ class DiscriminatorSaved:
     def backward(self, dlogits: Sequence[Array], params: bool = True, features: bool = True) -> list[Array] | None:
         """-> dfeatures. May be called more than once."""
 
+    def r1(self, weight: float, epsilon: float) -> float:
+        """-> mean over the batch of |d(sum of logits)/d(features)|^2; weight times its derivative is added to the parameters' gradients."""
+
 # ---- kernels: random numbers and diffusion -------------------------------------------------------------------------------------------------------
 
 def normal(shape: Sequence[int], seed: int, purpose: int, step: int = 0, samples: Samples | None = None, *, out: Array | None = None) -> Array:

@@ -169,7 +169,7 @@ def iterate(
     sigmas: Any = None,
     steps: int | None = None,
     method: str = "euler",
-    guidance_scale: float = 1.0,
+    guidance_scale: Any = 1.0,
     negative: tuple[Any, Any] | None = None,
     seeds: Any = 0,
     latents: Any = None,
@@ -185,7 +185,7 @@ def iterate(
     size             (H, W) in latent pixels; not needed with `latents`
     sigmas, steps    a list that descends to 0, or a number of uniform steps
     method           "euler" follows the flow; "renoise" goes to the estimate of x0 and back to sigma_next with fresh noise
-    guidance_scale   above 1: v = v_neg + scale (v - v_neg), one batch of [negative; positive]; 0 or 1: off
+    guidance_scale   above 1: v = v_neg + scale (v - v_neg), one batch of [negative; positive]; 0 or 1: off; or [B], one an image
     negative         (context, pooled) for guidance, of batch B or 1
     seeds            one integer an image, or one integer n for n, n + 1, ...
     latents          the noise to start from; with `strength` or `mask` a picture's clean latents (scaled as the model sees them)
@@ -211,7 +211,7 @@ def sample(
     sigmas: Any = None,
     steps: int | None = None,
     method: str = "euler",
-    guidance_scale: float = 1.0,
+    guidance_scale: Any = 1.0,
     negative: tuple[Any, Any] | None = None,
     seeds: Any = 0,
     latents: Any = None,
@@ -243,7 +243,7 @@ class _Run:
         given_sigmas: Any,
         steps: int | None,
         method: str,
-        guidance_scale: float,
+        guidance_scale: Any,
         negative: tuple[Any, Any] | None,
         seeds: Any,
         latents: Any,
@@ -274,15 +274,19 @@ class _Run:
             raise ValueError(f"give either sigmas or steps, got sigmas={given!r} and steps={steps!r}")
         return sigmas(steps) if steps is not None else check_sigmas(given)
 
-    def _guidance(self, scale: float, negative: tuple[Any, Any] | None) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (scale in (0, 1) or 1 < scale < 1e6):
-            raise ValueError(f"guidance_scale must be 0 or 1 (off) or a number above 1, got {scale!r}")
-        self.scale = np.float32(scale)
-        self.guided = scale > 1
+    def _guidance(self, given: Any, negative: tuple[Any, Any] | None) -> None:
+        scale = np.asarray(given)
+        if scale.dtype.kind not in "iuf" or not ((scale == 0) | ((scale >= 1) & (scale < 1e6))).all():
+            raise ValueError(f"guidance_scale must be 0 or 1 (off) or a number above 1, got {given!r}")
+        if scale.ndim and scale.shape != self.pooled.shape[:1]:
+            raise ValueError(f"guidance_scale must be one number, or one an image, shape [{len(self.pooled)}], got {list(scale.shape)}")
+        # In a batch of several, 0 is off as 1 is: the velocity with text.
+        self.scale = np.maximum(scale, 1).astype(np.float32).reshape(-1, 1, 1, 1)
+        self.guided = bool((scale > 1).any())
         if not self.guided:
             return
         if negative is None:
-            raise ValueError(f"guidance_scale = {scale:g} needs negative=(context, pooled)")
+            raise ValueError(f"guidance_scale = {given} needs negative=(context, pooled)")
         if not isinstance(negative, (list, tuple)) or len(negative) != 2:
             raise TypeError(f"negative must be (context, pooled), got {type(negative).__name__}")
         joined = []

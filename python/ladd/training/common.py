@@ -14,8 +14,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +33,7 @@ Array = NDArray[Any]
 State = tuple[dict[str, Array], dict[str, Any]]  # arrays and counters
 
 # Keys of [run] that steer a run without changing what a step computes: they may differ when a run is resumed.
-CONTROL = ("steps", "max_minutes", "checkpoint_every", "sample_every", "keep")
+CONTROL = ("steps", "max_minutes", "checkpoint_every", "sample_every", "validation_views", "keep")
 
 
 # ---- optimizer, EMA, schedule -----------------------------------------------------------------------------------------
@@ -275,8 +278,18 @@ def sections(config: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, 
     return out
 
 
+def warn_unused(config: Mapping[str, Any], section: str, keys: Sequence[str], why: str) -> None:
+    """A warning for those of `keys` that the user has set although nothing reads them."""
+    table = config.get(section)
+    given = [f"{section}.{key}" for key in keys if isinstance(table, Mapping) and key in table]
+    if given:
+        warnings.warn(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {why}", UserWarning, stacklevel=3)
+
+
 class Run:
     """One training run in a folder: which step is next, metrics.jsonl, checkpoints, the progress bar and the time budget.
+
+    Ctrl-C lets the step end, saves a checkpoint and says so; a second one stops at once, between two layers.
 
     With max_minutes the number of steps is planned once, from the time of the first steps; the plan is part of the checkpoint,
     so that a resumed run follows the same schedule as an uninterrupted one (a changed max_minutes makes a new plan).
@@ -299,6 +312,7 @@ class Run:
         if found and not resume:
             raise FileExistsError(f"{self.out} already holds a run (up to {found[-1].name}); resume it, or choose another folder")
         self._from = found[-1] if found else None
+        self._stop = False  # Ctrl-C came
 
     def restore(self, trainer: Trainer) -> None:
         """Continues from the last complete checkpoint, if there is one, and opens the metrics."""
@@ -311,7 +325,7 @@ class Run:
             check_state(state, trainer.state(), str(self._from))
             trainer.load_state(state)
             self.first = header["step"] + 1
-            if header["max_minutes"] == self.settings.max_minutes and not self._planned:
+            if header["steps"] and header["max_minutes"] == self.settings.max_minutes and not self._planned:
                 self.steps, self._planned = min(self.steps, header["steps"]), True
         else:
             write_atomic(self.out / "config.json", json.dumps({"hash": self.hash, **self.config}, indent=1).encode())
@@ -349,15 +363,38 @@ class Run:
         self._bar = tqdm(total=self.steps, initial=self.first - 1, desc=self.out.name, unit="step", disable=None)
         self._began = self._last = time.perf_counter()
         try:
-            step = self.first
-            while step <= self.steps:
-                yield step
-                self._plan(step)
-                self._bar.update()
-                step += 1
+            with self._ctrl_c():
+                step = self.first
+                while step <= self.steps:
+                    yield step
+                    if self._stop:
+                        raise KeyboardInterrupt
+                    self._plan(step)
+                    self._bar.update()
+                    step += 1
         finally:
             self._bar.close()
             self._metrics.close()
+
+    @contextlib.contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        """Within the block a first Ctrl-C only asks for the end of the step, where what is there is a state to go on from."""
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+            yield  # another thread gets no signals, and another handler has its reasons
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop:
+                signal.default_int_handler(number, frame)
+            self._stop = True
+            tqdm_write("interrupted: this step ends and is saved; once more stops at once and loses what came after the last checkpoint")
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _plan(self, step: int) -> None:
         done = step - self.first + 1
@@ -391,13 +428,17 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.steps)
 
     def checkpoint(self, step: int, trainer: Trainer) -> None:
-        """Saves when due, and removes all but the last ones."""
-        if not self.due(step, self.settings.checkpoint_every) or (not self._planned and step != self.steps):
+        """Saves when due or after Ctrl-C, and removes all but the last ones."""
+        due = self.due(step, self.settings.checkpoint_every) and (self._planned or step == self.steps)
+        if not due and not self._stop:
             return
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        plan = {"step": step, "steps": self.steps, "max_minutes": self.settings.max_minutes}
-        save_state(self.out / f"step-{step:08d}", trainer.state(), **plan, config=self._fixed, hash=self.hash)
+        plan = {"step": step, "steps": self.steps if self._planned else 0, "max_minutes": self.settings.max_minutes}
+        path = self.out / f"step-{step:08d}"
+        save_state(path, trainer.state(), **plan, config=self._fixed, hash=self.hash)
+        if self._stop:
+            tqdm_write(f"step {step} of {self.steps} is saved in {path}: resume the run to go on from there")
         for old in checkpoints(self.out)[: -self.settings.keep]:
             shutil.rmtree(old)
 

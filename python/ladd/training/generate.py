@@ -2,6 +2,7 @@
 
 LADD needs no other data: guidance, which a one-step student cannot use, enters through these latents (LADD paper, section 3.2).
 Latent i of a run is the sample of seed * 2^32 + i, whatever the batch, and a stopped run goes on after the last complete shard.
+With several guidance scales each latent draws one, which is stored beside it (SANA-Sprint draws from 4, 4.5 and 5, arXiv 2503.09641).
 For comparison `source = "drawings"` encodes real pictures in the same form.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import sampling
+from .. import _purposes, sampling
 from ..data import openmoji
 from ..data.shards import ShardWriter
 from ..pipeline import Pipeline
@@ -34,7 +35,7 @@ class GenerateRun:
     batch: int = 64
     shard: int = 1024  # latents a file
     steps: int = 25
-    guidance_scale: float = 3.0
+    guidance_scale: float | tuple[float, ...] = 3.0  # one number, or a list of which each latent draws one
     schedule: str = "uniform"
     shift: float = 1.0
     seed: int = 0
@@ -45,10 +46,20 @@ class GenerateRun:
         for name in ("count", "batch", "shard", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        scales = self.guidance_scale if isinstance(self.guidance_scale, (list, tuple)) else (self.guidance_scale,)
+        if not scales or any(isinstance(g, bool) or not isinstance(g, (int, float)) or not 1 <= g < 1e6 for g in scales):
+            raise ValueError(f"run.guidance_scale must be a number of at least 1 (off) or a list of them, got {self.guidance_scale!r}")
         if self.shard % self.batch:
             raise ValueError(f"run.shard must be a multiple of run.batch = {self.batch}, got {self.shard}")
         if not 0 <= self.seed < 1 << 31:
             raise ValueError(f"run.seed must be in [0, 2**31), got {self.seed}")
+
+    def scales(self, rows: range) -> Array:
+        """The guidance scale of each of these latents; it depends on (seed, latent) only."""
+        if not isinstance(self.guidance_scale, (list, tuple)):
+            return np.full(len(rows), self.guidance_scale, np.float32)
+        choices = np.array(self.guidance_scale, np.float32)
+        return choices[[int(_purposes.generator(self.seed, _purposes.GUIDANCE, i).integers(len(choices))) for i in rows]]
 
 
 SECTIONS: dict[str, type] = {"run": GenerateRun}
@@ -70,6 +81,8 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = True, dry_
     from tqdm.auto import tqdm
 
     r: GenerateRun = common.sections(config, SECTIONS)["run"]
+    if r.source == "drawings":
+        common.warn_unused(config, "run", ("steps", "guidance_scale", "schedule", "shift"), 'run.source is "drawings"')
     pipe = Pipeline.from_pretrained(r.teacher, model="teacher")
     size = pipe.model.config.sample_size
     if dry_run:
@@ -94,29 +107,36 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = True, dry_
             first, n = writer.count, min(r.shard, r.count - writer.count)
             drawn = views.draw(first, n)
             seeds = [(r.seed << 32) + first + i for i in range(n)]
+            scales = r.scales(range(first, first + n))
             latents = []
-            for start in range(0, n, r.batch):
-                part = slice(start, min(start + r.batch, n))
-                latents.append(make(drawn[part], seeds[part]).astype(np.float16))
-                bar.update(len(latents[-1]))
+            try:
+                for start in range(0, n, r.batch):
+                    part = slice(start, min(start + r.batch, n))
+                    latents.append(make(drawn[part], seeds[part], scales[part]).astype(np.float16))
+                    bar.update(len(latents[-1]))
+            except KeyboardInterrupt:
+                common.tqdm_write(f"interrupted: {writer.count} of {r.count} latents are in {folder}; resume the run for the rest")
+                raise
             arrays: dict[str, Array] = {"latents": np.concatenate(latents), "seed": np.array(seeds, np.int64)}
+            if r.source == "teacher":
+                arrays["guidance_scale"] = scales
             writer.write(arrays, [view.text for view in drawn])
     return folder
 
 
-Maker = Callable[[Sequence[openmoji.View], Sequence[int]], Array]
+Maker = Callable[[Sequence[openmoji.View], Sequence[int], Array], Array]  # views, seeds, guidance scales -> latents
 
 
 def _sampler(pipe: Pipeline, r: GenerateRun) -> Maker:
     """Guided samples for the captions of views, one seed each."""
     size = pipe.model.config.sample_size
     times = sampling.sigmas(r.steps, schedule=r.schedule, shift=r.shift)
-    negative = pipe.text.encode([""]) if r.guidance_scale > 1 else None
+    negative = pipe.text.encode([""])
 
-    def make(views: Sequence[openmoji.View], seeds: Sequence[int]) -> Array:
+    def make(views: Sequence[openmoji.View], seeds: Sequence[int], scales: Array) -> Array:
         context, pooled = pipe.text.encode([view.text for view in views])
         return sampling.sample(
-            pipe.model, context, pooled, size=(size, size), sigmas=times, guidance_scale=r.guidance_scale, negative=negative, seeds=seeds
+            pipe.model, context, pooled, size=(size, size), sigmas=times, guidance_scale=scales, negative=negative, seeds=seeds
         )
 
     return make
@@ -126,7 +146,7 @@ def _encoder(pipe: Pipeline) -> Maker:
     """Latents of the views themselves: real pictures instead of samples."""
     size = pipe.model.config.sample_size * pipe.vae.config.spatial_factor
 
-    def make(views: Sequence[openmoji.View], seeds: Sequence[int]) -> Array:
+    def make(views: Sequence[openmoji.View], seeds: Sequence[int], scales: Array) -> Array:
         return pipe.vae.encode(np.stack([view.render(size) for view in views]), sample=True, seed=seeds)
 
     return make

@@ -28,6 +28,7 @@ from ..config import DiscriminatorConfig, LADDConfig, to_dict
 from ..data.shards import LatentShards, epoch_rows, looks_like_noise
 from ..models import Discriminator, MMDiT
 from . import common
+from .watch import Watch
 
 Array = NDArray[Any]
 Metrics = dict[str, float]
@@ -259,7 +260,8 @@ class LADD:
             if c.misaligned_weight:
                 metrics["loss_misaligned"] = self._misaligned(part)
             if r1_due:
-                metrics["r1"] = self._r1(real, part, saved_real, logits_real)
+                # ADD, arXiv 2311.17042: the squared gradient of the logits' sum at the heads' inputs, a mean over pictures.
+                metrics["r1"] = saved_real.r1(c.r1_weight * c.r1_interval * part.share, c.r1_epsilon)
             for name, number in metrics.items():
                 total[name] = total.get(name, 0.0) + part.share * number
         _finite("the discriminator's loss", total["loss_d"], self.iteration)
@@ -280,25 +282,6 @@ class LADD:
             gradients.append(_core.row_scale(d, differs.astype(np.float32)))
         saved.backward(gradients, features=False)
         return value
-
-    def _r1(self, real: list[Array], part: Part, saved: Any, logits: list[Array]) -> float:
-        """R1 on the heads' inputs (ADD, arXiv 2311.17042): weight * mean over pictures of |g|^2, g = d(sum of logits)/d(features).
-
-        The value is exact. Its gradient 2 <g, dg/dtheta> is the derivative of the logits' sum along g, taken as a central
-        difference, which needs no second backward through the heads: (d/dtheta S(f + h g) - d/dtheta S(f - h g)) / h.
-        """
-        c = self.config
-        g = saved.backward([np.ones_like(x) for x in logits], params=False)
-        size = math.sqrt(sum(_core.sum_squares(x) for x in g))
-        penalty = size * size / len(part.latents)
-        if size > 0:
-            h = c.r1_epsilon * math.sqrt(sum(_core.sum_squares(f) for f in real)) / size
-            weight = np.float32(c.r1_weight * c.r1_interval * part.share / (len(part.latents) * h))
-            for sign in (1, -1):
-                moved = [f + np.float32(sign * h) * x for f, x in zip(real, g, strict=True)]
-                _, kept = self._heads(moved, part.draws.t_hat_real, part)
-                kept.backward([np.full_like(x, sign * weight) for x in logits], features=False)
-        return penalty
 
     def _student_half(self, parts: list[Part], passes: tuple[StudentPass, FakePass] | None = None) -> Metrics:
         """From the updated heads back through the frozen teacher, the renoising and the student; AdamW and EMA."""
@@ -479,6 +462,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     student = teacher.copy()
     heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), seed=ladd_config.seed)
     trainer = LADD(student, teacher, heads, ladd_config, allow_noise_latents=parts["data"].allow_noise_latents)
+    _warn_unused(config, ladd_config, heads.config)
     if dry_run:
         at_once = min(settings.batch, ladd_config.micro_batch or settings.batch)
         tokens = pipe.text.max_words
@@ -498,12 +482,14 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     common.tqdm_write(f"real latents: {len(shards)} from {shards.folder}, mean {z.mean():.3f}, deviation {z.std():.3f}")
     common.save_grid(book.out / "samples" / "real.png", pipe.vae.decode(z[:32]), columns=8)
     preview: Array = np.arange(min(32, len(shards)))
+    watch = Watch(len(shards), settings.batch)
     for step in book:
         rows = epoch_rows(len(shards), settings.batch, ladd_config.seed, step)
         batch = shards.batch(rows)
         noise = _noise_of(shards, rows, shape) if ladd_config.pair_weight else None
         scale = common.cosine_tail(step, book.steps, settings.decay_share)
         metrics = trainer.step(batch.latents, batch.context, batch.pooled, noise=noise, rate_scale=scale)
+        watch(step, metrics)
         if book.due(step, settings.sample_every):
             _save_preview(book, step, trainer, shards, preview, shape, pipe)
         book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
@@ -516,6 +502,20 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     }
     save_pipeline(book.out / "pipeline", {"student": trainer.ema_student(), "teacher": teacher}, pipe.vae, pipe.text, how)
     return book.out / "pipeline"
+
+
+def _warn_unused(config: Mapping[str, Any], c: LADDConfig, d: DiscriminatorConfig) -> None:
+    for keys, used, why in (
+        (("r1_interval", "r1_epsilon"), c.r1_weight, "ladd.r1_weight is 0"),
+        (("warmup_times", "warmup_probabilities"), c.warmup_iterations, "ladd.warmup_iterations is 0"),
+        (("pair_times",), c.pair_weight, "ladd.pair_weight is 0"),
+    ):
+        if not used:
+            common.warn_unused(config, "ladd", keys, why)
+    if d.norm == "none":
+        common.warn_unused(config, "discriminator", ("num_groups",), 'discriminator.norm is "none"')
+    if not d.condition_sigma and not d.condition_pooled:
+        common.warn_unused(config, "discriminator", ("condition_dim",), "the heads have no condition")
 
 
 def _save_preview(

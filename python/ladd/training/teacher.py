@@ -32,6 +32,7 @@ GRID_PROMPTS = (
     "red apple", "cat face", "rocket", "pizza", "house", "woman surfing medium skin tone", "butterfly on a pink background", "flag japan",
 )  # fmt: skip
 GRID_GUIDANCE, GRID_STEPS = 3.0, 20
+VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,13 @@ class TeacherRun:
     ema_decay: float = 0.999
     guidance_scale: float = 3.0  # with which the finished pipeline samples
     checkpoint_every: int = 500
-    sample_every: int = 500
+    sample_every: int = 500  # also of the validation losses
+    validation_views: int = 64  # of held-out drawings, and as many of seen ones; 0: no validation losses
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.validation_views < 0:
+            raise ValueError(f"run.validation_views must be at least 0, got {self.validation_views}")
 
 
 SECTIONS: dict[str, type] = {
@@ -118,6 +124,20 @@ class TeacherTrainer:
         self.ema.update()
         return {"loss": loss, "grad_norm": norm}
 
+    def validation_loss(self, latents: Array, ids: Array) -> float:
+        """The mean squared error at VALIDATION_TIMES with noise that is always the same, by the weights as they are now.
+
+        Fixed times, as the SD3 paper has it (section 5.1): comparable from step to step, where the training loss jumps with its draws.
+        """
+        context, pooled = self.text.encode_ids(ids)
+        total = 0.0
+        for i, time in enumerate(VALIDATION_TIMES):
+            t = np.full(len(latents), time, np.float32)
+            x_t, noise = _core.renoise(latents, t, self.run.seed, _purposes.VALIDATION, i, return_noise=True)
+            v, _ = self.model._core.forward(x_t, t, context, pooled)
+            total += float(np.square(v - (noise - latents)).mean(dtype=np.float64))
+        return total / len(VALIDATION_TIMES)
+
     def state(self) -> common.State:
         weights = {"model": self.model._core.flat, "text": self.text.flat}
         return common.join_states(weights=(weights, {}), optimizer=self.optimizer.state(), ema=self.ema.state())
@@ -154,6 +174,22 @@ def latent_bank(vae: AutoencoderKL, data: TeacherData, seed: int, size: int) -> 
     np.savez(temporary, latents=latents, texts=np.array(texts))
     temporary.replace(path)
     return latents, texts
+
+
+def validation_sets(
+    vae: AutoencoderKL, text: WordEncoder, latents: Array, ids: Array, run: TeacherRun, sample_size: int
+) -> dict[str, tuple[Array, Array]]:
+    """Latents and ids that the loss is watched on: of the training bank, and of drawings that training never sees."""
+    n = run.validation_views
+    if n == 0:
+        return {}
+    sets = {"seen": (latents[:n].astype(np.float32), ids[:n])}
+    for kind in ("base", "combination"):
+        chosen = openmoji.heldout_records(kind)
+        views = openmoji.Views(chosen, seed=run.seed + 1, size=sample_size * vae.config.spatial_factor)
+        images, captions = views.batch(0, n)
+        sets[f"heldout_{kind}"] = (vae.encode(images), text.ids(captions))
+    return sets
 
 
 def guided_samples(model: MMDiT, text: WordEncoder, prompts: Sequence[str]) -> Array:
@@ -204,6 +240,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     trainer = TeacherTrainer(model, text, parts["optimizer"], settings)
     book = common.Run(out, parts, settings, resume=resume, shown=("loss", "grad_norm"))
     book.restore(trainer)
+    judged = validation_sets(vae, text, latents, ids, settings, c.sample_size)
     for step in book:
         rows = epoch_rows(len(latents), settings.batch, settings.seed, step)
         scale = common.cosine_tail(step, book.steps, settings.decay_share)
@@ -211,6 +248,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
         if book.due(step, settings.sample_every):
             with trainer.ema.applied():
                 images = vae.decode(guided_samples(model, text, GRID_PROMPTS * 2))
+                metrics |= {f"loss_{name}": trainer.validation_loss(*judge) for name, judge in judged.items()}
             common.save_grid(book.out / "samples" / f"step-{step:08d}.png", images, columns=len(GRID_PROMPTS))
         book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
         book.checkpoint(step, trainer)
