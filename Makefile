@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.[ch]' -o -name '*.
 REQUIRES = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-peers demo lint format wheel sanitize clean
+.PHONY: help build test test-peers bench demo lint format wheel sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1 - /p' Makefile
@@ -42,6 +42,9 @@ $(VENV)/dev.done: $(SOURCES)
 $(PEERS)/peers.done: $(SOURCES)
 	$(call install,$(PEERS),[test$(,)peers])
 
+$(PEERS)/bench.done: $(SOURCES)
+	$(call install,$(PEERS),[bench])
+
 , := ,
 
 build: $(VENV)/build.done  ## compile csrc/ and install the package in .venv, editable
@@ -52,6 +55,10 @@ test: $(VENV)/test.done  ## all tests that need no PyTorch
 # On a machine without a GPU, point pip at PyTorch's index of CPU builds (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS) to save a large download.
 test-peers: $(PEERS)/peers.done  ## live comparison with PyTorch and diffusers, in .venv-peers
 	$(PEERS)/bin/python -m pytest tests/peers
+
+# BENCH_ARGS chooses rows: make bench BENCH_ARGS="'demo/step/*' --seconds 10"
+bench: $(PEERS)/bench.done  ## time ladd beside PyTorch with diffusers' model, in .venv-peers
+	$(PEERS)/bin/python benchmarks/vs_pytorch.py $(BENCH_ARGS)
 
 demo: $(VENV)/demo.done  ## distil a fresh student from the shipped teacher and write out/demo/report.html
 	$(BIN)/ladd demo
