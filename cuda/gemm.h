@@ -3,6 +3,10 @@
 #define LADD_CUDA_GEMM_H
 #include "device.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* What is done to the product before it is stored. */
 typedef enum {
     LADD_EPILOGUE_NONE = 0,
@@ -28,4 +32,7 @@ typedef struct ladd_product {
  * for the caller to finish. Uses the last scratch slot. */
 ladd_status ladd_cuda_gemm(const ladd_context *ctx, const ladd_product *product, int *applied);
 
+#ifdef __cplusplus
+}
+#endif
 #endif
