@@ -14,6 +14,7 @@
 #define LADD_GEMM_H
 #include "cpu.h"
 
+#include <stdatomic.h>
 #include <string.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -58,23 +59,97 @@ static inline int gemm_k_block(int k) {
 
 /* ---- packing ------------------------------------------------------------------------------------------------------------- */
 
-/* The plain form of both packings: `width` lanes of a panel of `stride` places, lane i of step t at src[i*lane + t*step]. What stands in the places
- * beyond goes to rows and columns that nobody stores. */
-static inline void gemm_pack_plain(gemm_packed *out, const float *src, ptrdiff_t lane, ptrdiff_t step, int width, int stride, int k) {
-#if defined(LADD_BF16_PRODUCTS)
-    for (int t = 0; t < gemm_even(k); t++)
-        for (int i = 0; i < width; i++) {
-            float x = t < k ? src[i * lane + t * step] : 0.0f;
-            __m128i rounded = (__m128i)_mm_cvtneps_pbh(_mm_set_ss(x));
-            out[(t / 2 * stride + i) * 2 + t % 2] = (uint16_t)_mm_extract_epi16(rounded, 0);
-        }
-#else
-    for (int t = 0; t < k; t++, out += stride)
-        for (int i = 0; i < width; i++) out[i] = src[i * lane + t * step];
-#endif
+/* Both packings are one: `count` rows of A or columns of B, here called lanes, are laid into groups of a vector, `width` of its places filled;
+ * `per` groups make a panel (A: GEMM_MR, 1; B: GEMM_LANES, GEMM_NV). Lane i of step t stands at src[i*lane + t*step]. What is in places that no lane
+ * fills goes to rows and columns that nobody stores. */
+
+static inline gemm_packed *gemm_group(gemm_packed *out, int group, int per, int k) {
+    return out + (ptrdiff_t)(group / per) * per * GEMM_LANES * gemm_even(k) + group % per * GEMM_LANES * GEMM_PAIR;
 }
 
+/* The plain form, for steps [from, k) of a group of n lanes. */
+static inline void gemm_pack_plain(gemm_packed *out, const float *src, ptrdiff_t lane, ptrdiff_t step, int n, int per, int from, int k) {
+    for (int t = from; t < gemm_even(k); t++)
+        for (int i = 0; i < n; i++) {
+            float x = t < k ? src[i * lane + t * step] : 0.0f;
+            gemm_packed *place = out + ((ptrdiff_t)(t / GEMM_PAIR) * per * GEMM_LANES + i) * GEMM_PAIR + t % GEMM_PAIR;
+#if defined(LADD_BF16_PRODUCTS)
+            *place = (gemm_packed)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x)), 0);
+#else
+            *place = x;
+#endif
+        }
+}
+
+#if defined(__AVX512F__)
+#define GEMM_UNPACK(half, type, a, b) (gemm_vec) _mm512_unpack##half##_##type((__m512)(a), (__m512)(b))
+#define GEMM_UNPACK_PAIRS(half, a, b) (gemm_vec) _mm512_unpack##half##_pd((__m512d)(a), (__m512d)(b))
+#elif defined(__AVX2__)
+#define GEMM_UNPACK(half, type, a, b) (gemm_vec) _mm256_unpack##half##_##type((__m256)(a), (__m256)(b))
+#define GEMM_UNPACK_PAIRS(half, a, b) (gemm_vec) _mm256_unpack##half##_pd((__m256d)(a), (__m256d)(b))
+#endif
+
 #if defined(__AVX2__)
+/* Turns the squares of 4 by 4 that stand side by side in four vectors and stores the four at `to`, `next` vectors apart. */
+static inline void gemm_store_turned(gemm_vec *to, int next, gemm_vec a, gemm_vec b, gemm_vec c, gemm_vec d) {
+    gemm_vec ab = GEMM_UNPACK(lo, ps, a, b), cd = GEMM_UNPACK(lo, ps, c, d), ef = GEMM_UNPACK(hi, ps, a, b), gh = GEMM_UNPACK(hi, ps, c, d);
+    to[0] = GEMM_UNPACK_PAIRS(lo, ab, cd);
+    to[next] = GEMM_UNPACK_PAIRS(hi, ab, cd);
+    to[2 * next] = GEMM_UNPACK_PAIRS(lo, ef, gh);
+    to[3 * next] = GEMM_UNPACK_PAIRS(hi, ef, gh);
+}
+#undef GEMM_UNPACK
+#undef GEMM_UNPACK_PAIRS
+
+#if defined(LADD_BF16_PRODUCTS)
+/* Two vectors of f32 rounded to bf16: low's values in the lower half. */
+static inline __m512 gemm_round(gemm_vec low, gemm_vec high) { return (__m512)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+#else
+/* Four steps of lanes 0, 4, 8, 12 (n of them there; else another's again), whose steps lie together. */
+static inline gemm_vec gemm_load_quads(const float *p, ptrdiff_t lane, int n) {
+#if defined(__AVX512F__)
+    __m512 x = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    x = _mm512_mask_broadcast_f32x4(x, 0x00f0, _mm_loadu_ps(n > 4 ? p + 4 * lane : p));
+    x = _mm512_mask_broadcast_f32x4(x, 0x0f00, _mm_loadu_ps(n > 8 ? p + 8 * lane : p));
+    return (gemm_vec)_mm512_mask_broadcast_f32x4(x, 0xf000, _mm_loadu_ps(n > 12 ? p + 12 * lane : p));
+#else
+    return (gemm_vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(n > 4 ? p + 4 * lane : p), 1);
+#endif
+}
+#endif
+
+/* A group of n lanes, each with its steps together: turned square by square. */
+static inline __attribute__((always_inline)) void gemm_pack_along(gemm_packed *out, const float *src, ptrdiff_t lane, int n, int per, int k) {
+    gemm_vec *to = (gemm_vec *)out;
+    int t = 0;
+#if defined(LADD_BF16_PRODUCTS)
+    for (; t + 32 <= k; t += 32, to += 16 * per) {
+        __m512 v[16];
+        for (int i = 0; i < 16; i++) {
+            const float *p = src + (i < n ? i * lane : 0) + t;
+            v[i] = gemm_round(gemm_load(p), gemm_load(p + 16));
+        }
+        gemm_vec quads[4][4];
+        for (int i = 0; i < 4; i++) {
+            __m512 a = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88), b = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+            __m512 c = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88), d = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+            quads[0][i] = (gemm_vec)_mm512_shuffle_f32x4(a, c, 0x88);
+            quads[1][i] = (gemm_vec)_mm512_shuffle_f32x4(b, d, 0x88);
+            quads[2][i] = (gemm_vec)_mm512_shuffle_f32x4(a, c, 0xdd);
+            quads[3][i] = (gemm_vec)_mm512_shuffle_f32x4(b, d, 0xdd);
+        }
+        for (int q = 0; q < 4; q++) gemm_store_turned(to + 4 * q * per, per, quads[q][0], quads[q][1], quads[q][2], quads[q][3]);
+    }
+#else
+    const float *row[4];
+    for (int i = 0; i < 4; i++) row[i] = src + (i < n ? i * lane : 0);
+    for (; t + 4 <= k; t += 4, to += 4 * per)
+        gemm_store_turned(to, per, gemm_load_quads(row[0] + t, lane, n), gemm_load_quads(row[1] + t, lane, n - 1),
+                          gemm_load_quads(row[2] + t, lane, n - 2), gemm_load_quads(row[3] + t, lane, n - 3));
+#endif
+    gemm_pack_plain(out, src, lane, 1, n, per, t, k);
+}
+
 /* n values, the lanes beyond are zero and not read. */
 static inline gemm_vec gemm_load_some(const float *p, int n) {
 #if defined(__AVX512F__)
@@ -84,103 +159,60 @@ static inline gemm_vec gemm_load_some(const float *p, int n) {
 #endif
 }
 
-/* v[i][j] becomes v[j][i]: squares of 4 by 4 within each part of 128 bits first, then the parts change places. */
-static inline __attribute__((always_inline)) void gemm_transpose(gemm_vec v[GEMM_LANES]) {
-    gemm_vec s[GEMM_LANES];
-#if defined(__AVX512F__)
-#define GEMM_OP(name, type, a, b) (gemm_vec) _mm512_##name##_##type((__m512##type##_)(a), (__m512##type##_)(b))
-    typedef __m512 __m512ps_;
-    typedef __m512d __m512pd_;
-#else
-#define GEMM_OP(name, type, a, b) (gemm_vec) _mm256_##name##_##type((__m256##type##_)(a), (__m256##type##_)(b))
-    typedef __m256 __m256ps_;
-    typedef __m256d __m256pd_;
+/* Groups whose lanes lie together in each step: read in the order of memory. */
+static inline __attribute__((always_inline)) void gemm_pack_across(gemm_packed *out, const float *src, ptrdiff_t step, int count, const int width,
+                                                                   const int per, int k) {
+    for (int t = 0; t < k; t += GEMM_PAIR, src += GEMM_PAIR * step) {
+        gemm_vec *to = (gemm_vec *)out + t / GEMM_PAIR * per;
+        for (int i = 0, group = 0; i < count; i += width) {
+            int n = count - i < width ? count - i : width;
+            gemm_vec x = n == GEMM_LANES ? gemm_load(src + i) : gemm_load_some(src + i, n);
+#if defined(LADD_BF16_PRODUCTS)
+            const __m512i pairs = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                                                    0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+            gemm_vec next = t + 1 == k ? (gemm_vec){0} : n == GEMM_LANES ? gemm_load(src + step + i) : gemm_load_some(src + step + i, n);
+            x = (gemm_vec)_mm512_permutexvar_epi16(pairs, (__m512i)gemm_round(x, next));
 #endif
-    for (int i = 0; i < GEMM_LANES; i += 4) {
-        gemm_vec a = GEMM_OP(unpacklo, ps, v[i], v[i + 1]), b = GEMM_OP(unpackhi, ps, v[i], v[i + 1]);
-        gemm_vec c = GEMM_OP(unpacklo, ps, v[i + 2], v[i + 3]), d = GEMM_OP(unpackhi, ps, v[i + 2], v[i + 3]);
-        s[i] = GEMM_OP(unpacklo, pd, a, c);
-        s[i + 1] = GEMM_OP(unpackhi, pd, a, c);
-        s[i + 2] = GEMM_OP(unpacklo, pd, b, d);
-        s[i + 3] = GEMM_OP(unpackhi, pd, b, d);
-    }
-#undef GEMM_OP
-    for (int j = 0; j < 4; j++) {
-#if defined(__AVX512F__)
-        __m512 a = _mm512_shuffle_f32x4((__m512)s[j], (__m512)s[j + 4], 0x88), b = _mm512_shuffle_f32x4((__m512)s[j], (__m512)s[j + 4], 0xdd);
-        __m512 c = _mm512_shuffle_f32x4((__m512)s[j + 8], (__m512)s[j + 12], 0x88),
-               d = _mm512_shuffle_f32x4((__m512)s[j + 8], (__m512)s[j + 12], 0xdd);
-        v[j] = (gemm_vec)_mm512_shuffle_f32x4(a, c, 0x88);
-        v[j + 4] = (gemm_vec)_mm512_shuffle_f32x4(b, d, 0x88);
-        v[j + 8] = (gemm_vec)_mm512_shuffle_f32x4(a, c, 0xdd);
-        v[j + 12] = (gemm_vec)_mm512_shuffle_f32x4(b, d, 0xdd);
-#else
-        v[j] = (gemm_vec)_mm256_permute2f128_ps((__m256)s[j], (__m256)s[j + 4], 0x20);
-        v[j + 4] = (gemm_vec)_mm256_permute2f128_ps((__m256)s[j], (__m256)s[j + 4], 0x31);
-#endif
+            *to = x;
+            if (++group % per)
+                to++;
+            else
+                to += (ptrdiff_t)per * (gemm_even(k) / GEMM_PAIR) - (per - 1);
+        }
     }
 }
-
-#if defined(LADD_BF16_PRODUCTS)
-/* Two vectors of f32 rounded to bf16: low's values in the lower half. */
-static inline gemm_vec gemm_round(gemm_vec low, gemm_vec high) { return (gemm_vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-#endif
 #endif
 
-/* The same as gemm_pack_plain for width <= GEMM_LANES, whole vectors at a time where the instruction set has them. */
-static inline void gemm_pack_lanes(gemm_packed *out, const float *src, ptrdiff_t lane, ptrdiff_t step, int width, int stride, int k) {
+static inline __attribute__((always_inline)) void gemm_pack(gemm_packed *out, const float *src, ptrdiff_t lane, ptrdiff_t step, int count,
+                                                            const int width, const int per, int k) {
 #if defined(__AVX2__)
-    gemm_vec *to = (gemm_vec *)out;
-    const int next = stride / GEMM_LANES; /* vectors from one step, or pair of steps, to the next */
-    if (lane == 1) {                      /* the lanes of a step lie together */
-#if defined(LADD_BF16_PRODUCTS)
-        const __m512i pairs = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008, 0x190009,
-                                                0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-        for (int t = 0; t < k; t += 2, src += 2 * step, to += next) {
-            gemm_vec both = gemm_round(gemm_load_some(src, width), t + 1 < k ? gemm_load_some(src + step, width) : (gemm_vec){0});
-            *to = (gemm_vec)_mm512_permutexvar_epi16(pairs, (__m512i)both);
-        }
-#else
-        for (int t = 0; t < k; t++, src += step, to += next) *to = gemm_load_some(src, width);
-#endif
+    if (lane == 1) { /* eight groups at a time: places of one step in more of them may share a set of the level-1 cache */
+        for (int i = 0; i < count; i += 8 * width)
+            gemm_pack_across(gemm_group(out, i / width, per, k), src + i, step, count - i < 8 * width ? count - i : 8 * width, width, per, k);
         return;
     }
-    if (step == 1) { /* the steps of a lane lie together: turned square by square */
-        for (int t = 0; t < k; t += GEMM_LANES * GEMM_PAIR) {
-            gemm_vec v[GEMM_LANES];
-            const int whole = k - t >= GEMM_LANES * GEMM_PAIR;
-            for (int i = 0; i < GEMM_LANES; i++) {
-                const float *p = src + (i < width ? i : 0) * lane + t;
-#if defined(LADD_BF16_PRODUCTS)
-                gemm_vec high = whole                ? gemm_load(p + GEMM_LANES)
-                                : k - t > GEMM_LANES ? gemm_load_some(p + GEMM_LANES, k - t - GEMM_LANES)
-                                                     : (gemm_vec){0};
-                v[i] = gemm_round(whole ? gemm_load(p) : gemm_load_some(p, k - t), high);
-#else
-                v[i] = whole ? gemm_load(p) : gemm_load_some(p, k - t);
-#endif
-            }
-            gemm_transpose(v);
-            int steps = (gemm_even(k) - t) / GEMM_PAIR < GEMM_LANES ? (gemm_even(k) - t) / GEMM_PAIR : GEMM_LANES;
-            for (int i = 0; i < steps; i++, to += next) *to = v[i];
+    if (step == 1) {
+        for (int i = 0; i < count; i += width) {
+            if (count - i >= width)
+                gemm_pack_along(gemm_group(out, i / width, per, k), src + i * lane, lane, width, per, k);
+            else
+                gemm_pack_along(gemm_group(out, i / width, per, k), src + i * lane, lane, count - i, per, k);
         }
         return;
     }
 #endif
-    gemm_pack_plain(out, src, lane, step, width, stride, k);
+    for (int i = 0; i < count; i += width)
+        gemm_pack_plain(gemm_group(out, i / width, per, k), src + i * lane, lane, step, count - i < width ? count - i : width, per, 0, k);
 }
 
 /* A[m,k]: element (i,t) at a[i*row + t*step]. Fast where row or step is 1. `out` starts at a multiple of 64 bytes. */
 static inline void gemm_pack_a(gemm_packed *out, const float *a, ptrdiff_t row, ptrdiff_t step, int m, int k) {
-    for (int i = 0; i < m; i += GEMM_MR, out += GEMM_AS * gemm_even(k))
-        gemm_pack_lanes(out, a + i * row, row, step, m - i < GEMM_MR ? m - i : GEMM_MR, GEMM_AS, k);
+    gemm_pack(out, a, row, step, m, GEMM_MR, 1, k);
 }
 
 /* B[k,n]: element (t,j) at b[t*step + j*column]. Fast where step or column is 1. `out` starts at a multiple of 64 bytes. */
 static inline void gemm_pack_b(gemm_packed *out, const float *b, ptrdiff_t step, ptrdiff_t column, int k, int n) {
-    for (int j = 0; j < n; j += GEMM_NR, out += GEMM_NR * gemm_even(k))
-        for (int v = 0; v < GEMM_NR && j + v < n; v += GEMM_LANES)
-            gemm_pack_lanes(out + v * GEMM_PAIR, b + (j + v) * column, column, step, n - j - v < GEMM_LANES ? n - j - v : GEMM_LANES, GEMM_NR, k);
+    gemm_pack(out, b, column, step, n, GEMM_LANES, GEMM_NV, k);
 }
 
 /* ---- the inner kernel ---------------------------------------------------------------------------------------------------- */
@@ -292,5 +324,157 @@ static inline void gemm_packed_product(float *c, ptrdiff_t c_row, const gemm_pac
     for (int j = 0; j < n; j += GEMM_NR, b += GEMM_NR * gemm_even(k))
         gemm_packed_strip(c + j, c_row, a, b, m, n - j < GEMM_NR ? n - j : GEMM_NR, k, bias ? bias + j : NULL, add);
 }
+
+/* ---- products cut into tasks --------------------------------------------------------------------------------------------- */
+
+/* C[M,N] (=, or += with add) A[M,K] B[K,N] + bias[N]; and gelu[M,N] = GELU(C) where wanted. */
+typedef struct gemm_product {
+    float *c;
+    ptrdiff_t c_row;
+    const float *a; /* element (i,t) at a[i*a_row + t*a_step]; one of the two is 1 */
+    ptrdiff_t a_row, a_step;
+    const float *b; /* element (t,j) at b[t*b_step + j*b_column]; likewise */
+    ptrdiff_t b_step, b_column;
+    const float *bias; /* or NULL */
+    float *gelu;       /* at row stride c_row; or NULL */
+    int M, N, K, add;
+    /* set by gemm_plan and gemm_share; at first zero */
+    int tm, tn, n_m, n_n; /* tiles of tm by tn, n_m down and n_n across: a task each */
+    gemm_packed *shared;  /* all of B, packed once for all tasks: blocks of k, then panels; NULL: each task packs the columns it reads */
+    atomic_int failed;
+} gemm_product;
+
+enum { GEMM_TASK_SLOT = 2, GEMM_SHARED_SLOT = 3, GEMM_SHARED_RUN = 4 * GEMM_NR, GEMM_SHARED_MOST = 1 << 24 };
+
+static inline int64_t gemm_tasks(const gemm_product *p) { return (int64_t)p->n_m * p->n_n; }
+
+#if defined(__AVX2__)
+static inline int gemm_between(int x, int low, int high) { return x > high ? (high > low ? high : low) : x < low ? low : x; }
+
+/* Cuts the product, by its shape only, into tasks of up to a third of a millisecond, but at least eight, so that two threads end together. Small
+ * products make fewer: waking the pool would cost as much as it saves. Rows are cut first, for B is packed once for all tasks, A by each task. */
+static void gemm_plan(gemm_product *p) {
+    enum {
+        TALLEST = 16 * GEMM_MR, /* rows of A that stay in the level-2 cache while B goes by */
+        WIDEST = 16 * GEMM_NR,  /* columns of C that stay there too while blocks of k are added */
+        LOW = 4 * GEMM_MR,      /* below these a task packs too much */
+        NARROW = 6 * GEMM_NR
+    };
+    double flops = 2.0 * p->M * p->N * p->K;
+    int want = flops < 4e6 ? 1 : flops < 16e6 ? 2 : flops < 32e6 ? 4 : flops < 8 * 64e6 ? 8 : (int)(flops / 64e6);
+    int n_m = gemm_between(want, (p->M + TALLEST - 1) / TALLEST, p->M / LOW);
+    int n_n = gemm_between((want + n_m - 1) / n_m, p->K > gemm_k_block(p->K) ? (p->N + WIDEST - 1) / WIDEST : 1, p->N / NARROW);
+    if (want > 1 && n_m * n_n == 1) n_n = 2;
+    p->tm = ((p->M + n_m - 1) / n_m + GEMM_MR - 1) / GEMM_MR * GEMM_MR;
+    p->tn = ((p->N + n_n - 1) / n_n + GEMM_NR - 1) / GEMM_NR * GEMM_NR;
+    p->n_m = (p->M + p->tm - 1) / p->tm;
+    p->n_n = (p->N + p->tn - 1) / p->tn;
+    atomic_init(&p->failed, 0);
+}
+
+/* Task i of a product. */
+static void gemm_task(gemm_product *p, int64_t i) {
+    const int m0 = (int)(i / p->n_n) * p->tm, n0 = (int)(i % p->n_n) * p->tn;
+    const int m = p->M - m0 < p->tm ? p->M - m0 : p->tm, n = p->N - n0 < p->tn ? p->N - n0 : p->tn, block = gemm_k_block(p->K);
+    /* Panels of B packed at a time: one where its columns lie along k, else some, which are read together, row by row. */
+    const int run = p->b_step == 1 ? GEMM_NR : 4 * GEMM_NR;
+    const size_t a_size = (gemm_a_size(m, block) + 31) / 32 * 32;
+    gemm_packed *a = ladd_scratch(GEMM_TASK_SLOT, (a_size + gemm_b_size(block, run)) * sizeof(gemm_packed)), *own = a + a_size;
+    if (!a) {
+        atomic_store(&p->failed, 1);
+        return;
+    }
+    for (int k0 = 0; k0 == 0 || k0 < p->K; k0 += block) {
+        const int k = p->K - k0 < block ? p->K - k0 : block, add = p->add || k0;
+        gemm_pack_a(a, p->a + m0 * p->a_row + k0 * p->a_step, p->a_row, p->a_step, m, k);
+        for (int j = 0; j < n; j += GEMM_NR) { /* a strip of C as wide as a panel of B, which stays in the level-1 cache */
+            const int width = n - j < GEMM_NR ? n - j : GEMM_NR;
+            float *c = p->c + m0 * p->c_row + n0 + j;
+            const gemm_packed *b = p->shared ? p->shared + gemm_b_size(k0, p->N) + (size_t)(n0 + j) * gemm_even(k) : own + j % run * gemm_even(k);
+            if (!p->shared && j % run == 0)
+                gemm_pack_b(own, p->b + k0 * p->b_step + (n0 + j) * p->b_column, p->b_step, p->b_column, k, n - j < run ? n - j : run);
+            gemm_packed_strip(c, p->c_row, a, b, m, width, k, p->bias && !k0 ? p->bias + n0 + j : NULL, add);
+            if (p->gelu && k0 + k >= p->K) {
+                float *y = p->gelu + m0 * p->c_row + n0 + j;
+                for (int r = 0; r < m; r++)
+#pragma GCC ivdep
+                    for (int l = 0; l < width; l++) y[r * p->c_row + l] = ladd_gelu(c[r * p->c_row + l]);
+            }
+        }
+    }
+}
+
+/* Where several tasks read the same columns of B, packs them once, in tasks of their own. Where there is no memory for it, each task packs its own.
+ */
+static void gemm_share_task(void *argument, int64_t i) {
+    gemm_product *p = argument;
+    int block = gemm_k_block(p->K), runs = (p->N + GEMM_SHARED_RUN - 1) / GEMM_SHARED_RUN;
+    int j = (int)(i % runs) * GEMM_SHARED_RUN, k0 = (int)(i / runs) * block, k = p->K - k0 < block ? p->K - k0 : block;
+    gemm_pack_b(p->shared + gemm_b_size(k0, p->N) + (size_t)j * gemm_even(k), p->b + k0 * p->b_step + j * p->b_column, p->b_step, p->b_column, k,
+                p->N - j < GEMM_SHARED_RUN ? p->N - j : GEMM_SHARED_RUN);
+}
+
+static void gemm_share(gemm_product *p, gemm_product *q) { /* q: a second product of the same job, or NULL */
+    gemm_product *both[2] = {p, q};
+    size_t size[2] = {0};
+    for (int i = 0; i < 2; i++)
+        if (both[i] && both[i]->n_m > 1 && (int64_t)both[i]->N * both[i]->K <= GEMM_SHARED_MOST)
+            size[i] = (gemm_b_size(both[i]->K, both[i]->N) + 31) / 32 * 32;
+    gemm_packed *place = size[0] + size[1] ? ladd_scratch(GEMM_SHARED_SLOT, (size[0] + size[1]) * sizeof(gemm_packed)) : NULL;
+    for (int i = 0; i < 2 && place; i++) {
+        if (!size[i]) continue;
+        both[i]->shared = place + (i ? size[0] : 0);
+        int64_t blocks = (both[i]->K + gemm_k_block(both[i]->K) - 1) / gemm_k_block(both[i]->K);
+        ladd_parallel_work((both[i]->N + GEMM_SHARED_RUN - 1) / GEMM_SHARED_RUN * blocks, (int64_t)both[i]->N * both[i]->K, gemm_share_task, both[i]);
+    }
+}
+#else
+/* Without AVX2, OpenBLAS is faster than what the compiler makes of the kernel above. Its sums may depend on the size of a product and on the place of
+ * a row in it: so tiles always have the same number of rows, the last one's filled up in scratch, and columns are cut at the same places. */
+enum { GEMM_BLAS_ROWS = 96, GEMM_BLAS_COLUMNS = 256 };
+
+static void gemm_plan(gemm_product *p) {
+    p->tm = GEMM_BLAS_ROWS;
+    p->tn = GEMM_BLAS_COLUMNS;
+    p->n_m = (p->M + p->tm - 1) / p->tm;
+    p->n_n = (p->N + p->tn - 1) / p->tn;
+    atomic_init(&p->failed, 0);
+}
+
+static void gemm_share(gemm_product *p, gemm_product *q) {
+    (void)p;
+    (void)q;
+}
+
+static void gemm_task(gemm_product *p, int64_t i) {
+    const int m0 = (int)(i / p->n_n) * p->tm, n0 = (int)(i % p->n_n) * p->tn;
+    const int m = p->M - m0 < p->tm ? p->M - m0 : p->tm, n = p->N - n0 < p->tn ? p->N - n0 : p->tn;
+    const int ta = p->a_step != 1, tb = p->b_step == 1;
+    const float *a = p->a + m0 * p->a_row;
+    float *c = p->c + m0 * p->c_row + n0, *to = c;
+    ptrdiff_t lda = ta ? p->a_step : p->a_row, to_row = p->c_row;
+    if (m < p->tm && !ta) { /* rows are samples' tokens; with ta they are a layer's outputs, the same in any batch */
+        float *filled = ladd_scratch(GEMM_TASK_SLOT, (size_t)p->tm * (p->K + p->tn) * sizeof(float));
+        if (!filled) {
+            atomic_store(&p->failed, 1);
+            return;
+        }
+        for (int r = 0; r < m; r++) memcpy(filled + (size_t)r * p->K, a + r * p->a_row, (size_t)p->K * sizeof(float));
+        memset(filled + (size_t)m * p->K, 0, (size_t)(p->tm - m) * p->K * sizeof(float));
+        a = filled;
+        lda = p->K;
+        to = filled + (size_t)p->tm * p->K;
+        to_row = p->tn;
+    }
+    ladd_sgemm(ta, tb, to == c ? m : p->tm, n, p->K, 1.0f, a, lda, p->b + n0 * p->b_column, tb ? p->b_column : p->b_step,
+               p->add && to == c ? 1.0f : 0.0f, to, to_row);
+    for (int r = 0; r < m; r++, c += p->c_row, to += to_row)
+        for (int j = 0; j < n; j++) {
+            float sum = to[j] + (p->bias ? p->bias[n0 + j] : 0.0f);
+            c[j] = p->add && to != c ? c[j] + sum : sum;
+            if (p->gelu) p->gelu[(m0 + r) * p->c_row + n0 + j] = ladd_gelu(c[j]);
+        }
+}
+#endif
 
 #endif
