@@ -9,11 +9,17 @@
 #define LADD_PHILOX_H
 #include "ladd.h"
 
+#ifdef __CUDACC__
+#define LADD_PHILOX_FUNCTION static inline __host__ __device__
+#else
+#define LADD_PHILOX_FUNCTION static inline
+#endif
+
 typedef struct ladd_philox_words {
     uint32_t x[4];
 } ladd_philox_words;
 
-static inline ladd_philox_words ladd_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+LADD_PHILOX_FUNCTION ladd_philox_words ladd_philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
         c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
@@ -23,7 +29,8 @@ static inline ladd_philox_words ladd_philox(uint32_t c0, uint32_t c1, uint32_t c
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    return (ladd_philox_words){{c0, c1, c2, c3}};
+    ladd_philox_words words = {{c0, c1, c2, c3}};
+    return words;
 }
 
 /* The key of all numbers for this seed, purpose and step: two words. */

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,7 @@ class Emulated:
         self.library = ctypes.CDLL(str(path))
         self.library.ladd_last_error.restype = ctypes.c_char_p
         self.state = ctypes.create_string_buffer(4096)
+        struct.pack_into("iiiN", self.state, 0, 0, 90, 132, 227 << 10)  # index, compute capability, processors, shared memory of a block
 
     def last_error(self) -> str:
         return self.library.ladd_last_error().decode()

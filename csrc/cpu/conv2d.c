@@ -5,6 +5,7 @@
  * A stride s splits the patch into s*s phases (every s-th row and column), which makes the runs contiguous again. The gradient of the input
  * is the same forward routine over dy with flipped weights, once for each of the s*s phases of dx. Tiles depend on shapes only.
  */
+#include "../conv.h"
 #include "cpu.h"
 
 #include <stdatomic.h>
@@ -317,25 +318,6 @@ static ladd_status conv_run(conv_job *j) {
     return atomic_load(&j->failed) ? conv_memory() : LADD_OK;
 }
 
-static ladd_status conv_check(const ladd_conv *c) {
-    if (c->B < 1 || c->Cin < 1 || c->H < 1 || c->W < 1 || c->Cout < 1 || c->kh < 1 || c->kw < 1 || c->stride < 1 || c->pad_top < 0 ||
-        c->pad_left < 0 || c->pad_bottom < 0 || c->pad_right < 0)
-        return ladd_fail(LADD_ERR_VALUE,
-                         "convolution: positive sizes and stride expected, got B %d, Cin %d, H %d, W %d, Cout %d, kernel %d by %d, stride %d", c->B,
-                         c->Cin, c->H, c->W, c->Cout, c->kh, c->kw, c->stride);
-    if (c->upsample && (c->kh != 3 || c->kw != 3 || c->stride != 1 || c->pad_top != 1 || c->pad_left != 1 || c->pad_bottom != 1 || c->pad_right != 1))
-        return ladd_fail(LADD_ERR_VALUE, "convolution: a 3 by 3 kernel of stride 1 and padding 1 expected after upsampling, got %d by %d, stride %d",
-                         c->kh, c->kw, c->stride);
-    int64_t scale = c->upsample ? 2 : 1;
-    int64_t room_h = scale * c->H + c->pad_top + c->pad_bottom - c->kh, room_w = scale * c->W + c->pad_left + c->pad_right - c->kw;
-    if (room_h < 0 || room_w < 0 || c->Ho != room_h / c->stride + 1 || c->Wo != room_w / c->stride + 1)
-        return ladd_fail(LADD_ERR_VALUE, "convolution: a kernel of %d by %d with stride %d cannot turn a padded %lld by %lld image into %d by %d",
-                         c->kh, c->kw, c->stride, (long long)(room_h + c->kh), (long long)(room_w + c->kw), c->Ho, c->Wo);
-    if ((int64_t)c->kh * c->kw > 1 << 12)
-        return ladd_fail(LADD_ERR_VALUE, "convolution: a kernel of at most 4096 taps expected, got %d by %d", c->kh, c->kw);
-    return LADD_OK;
-}
-
 static ladd_status conv_forward(float *y, const float *x, const float *w, const float *bias, const ladd_conv *conv) {
     int taps = conv->kh * conv->kw;
     conv_job j = {.y = y,
@@ -366,26 +348,13 @@ static ladd_status conv_forward(float *y, const float *x, const float *w, const 
 
 /* ---- backward ------------------------------------------------------------------------------------------------------------ */
 
-/* Taps k of one axis that reach the inputs phase, phase + s, ...: those with k = (phase + pad) mod s. The input number m of the phase reads output
- * m + (phase + pad - k)/s; the largest such tap comes first in the window. */
-typedef struct conv_axis {
-    int taps, last_tap, origin, grid;
-} conv_axis;
-
-static conv_axis conv_phase(int phase, int pad, int k, int s, int size) {
-    int first = (phase + pad) % s;
-    conv_axis a = {.taps = first < k ? (k - 1 - first) / s + 1 : 0, .grid = phase < size ? (size - phase - 1) / s + 1 : 0};
-    a.last_tap = first + (a.taps - 1) * s;
-    a.origin = a.taps ? (phase + pad - a.last_tap) / s : 0; /* exact, may be negative */
-    return a;
-}
-
 static ladd_status conv_backward_input(float *dx, const float *dy, const float *w, const ladd_conv *conv) {
     int taps = conv->kh * conv->kw, s = conv->stride;
     for (int pr = 0; pr < s; pr++)
         for (int pc = 0; pc < s; pc++) {
-            conv_axis r = conv_phase(pr, conv->pad_top, conv->kh, s, conv->H), c = conv_phase(pc, conv->pad_left, conv->kw, s, conv->W);
-            if (!r.taps || !c.taps) r = (conv_axis){.grid = r.grid}, c = (conv_axis){.grid = c.grid}; /* no tap reaches: zeros */
+            ladd_conv_axis r = ladd_conv_phase(pr, conv->pad_top, conv->kh, s, conv->H),
+                           c = ladd_conv_phase(pc, conv->pad_left, conv->kw, s, conv->W);
+            if (!r.taps || !c.taps) r = (ladd_conv_axis){.grid = r.grid}, c = (ladd_conv_axis){.grid = c.grid}; /* no tap reaches: zeros */
             conv_job j = {.y = dx,
                           .M = conv->Cin,
                           .YH = conv->H,
@@ -618,14 +587,14 @@ static ladd_status conv_upsample_backward(float *dx, float *dw, float *dbias, co
 
 ladd_status LADD_CPU(conv2d_forward)(LADD_CTX, ladd_act *y, const ladd_act *x, const ladd_act *w, const ladd_act *bias, const ladd_conv *conv) {
     (void)ctx;
-    LADD_TRY(conv_check(conv));
+    LADD_TRY(ladd_conv_check(conv));
     return conv->upsample ? conv_upsample_forward(y, x, w, bias, conv) : conv_forward(y, x, w, bias, conv);
 }
 
 ladd_status LADD_CPU(conv2d_backward)(LADD_CTX, ladd_act *dx, float *dw, float *dbias, const ladd_act *dy, const ladd_act *x, const ladd_act *w,
                                       const ladd_conv *conv) {
     (void)ctx;
-    LADD_TRY(conv_check(conv));
+    LADD_TRY(ladd_conv_check(conv));
     if (conv->upsample) return conv_upsample_backward(dx, dw, dbias, dy, x, w, conv);
     if (dx) LADD_TRY(conv_backward_input(dx, dy, w, conv));
     return dw || dbias ? conv_backward_weights(dw, dbias, dy, x, conv) : LADD_OK;
