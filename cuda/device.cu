@@ -1,10 +1,14 @@
 /* Devices: opening and closing, streams, memory, errors; the functions of csrc/device.h and cuda/device.h. */
+extern "C" {
 #include "../csrc/device.h"
+}
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <new>
 
 #include "common.cuh"
 
@@ -47,28 +51,20 @@ static bool is_sticky(cudaError_t error) {
     }
 }
 
-static ladd_status no_memory(int index, const char *what, size_t bytes) {
-    size_t available = 0, total = 0;
-    if (cudaMemGetInfo(&available, &total) != cudaSuccess) cudaGetLastError();
-    return ladd_fail(LADD_ERR_MEMORY, "cuda:%d is out of memory: %s expected %.1f MiB, the device has %.1f of %.1f MiB free; the device stays usable", index,
-                     what, (double)bytes / 1048576.0, (double)available / 1048576.0, (double)total / 1048576.0);
-}
-
 static ladd_status check(ladd_cuda_state *state, cudaError_t error, const char *what) {
     if (error == cudaSuccess) return LADD_OK;
     cudaGetLastError(); /* a plain error is taken off, so that the next call does not meet it again */
     const char *name = cudaGetErrorName(error), *words = cudaGetErrorString(error);
     int index = state ? state->index : 0;
-    if (error == cudaErrorMemoryAllocation)
-        return ladd_fail(LADD_ERR_MEMORY, "cuda:%d is out of memory in %s; the device stays usable", index, what);
+    if (error == cudaErrorMemoryAllocation) return ladd_fail(LADD_ERR_MEMORY, "cuda:%d is out of memory in %s; the device stays usable", index, what);
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion)
         return ladd_fail(LADD_ERR_RUNTIME,
-                         "cuda:%d has compute capability %d.%d, and this build has kernels for %s: build ladd with LADD_CUDA_ARCHS=sm_%d (%s: %s)", index,
-                         state ? state->sm / 10 : 0, state ? state->sm % 10 : 0, LADD_CUDA_ARCHITECTURES, state ? state->sm : 0, name, words);
+                         "cuda:%d has compute capability %d.%d, and this build has kernels for %s: build ladd with LADD_CUDA_ARCHS=sm_%d (%s: %s)",
+                         index, state ? state->sm / 10 : 0, state ? state->sm % 10 : 0, LADD_CUDA_ARCHITECTURES, state ? state->sm : 0, name, words);
     if (is_sticky(error)) {
         if (state) state->broken = LADD_ERR_RUNTIME;
-        return ladd_fail(LADD_ERR_RUNTIME, "cuda:%d failed in %s or in work queued before (%s: %s); the device is unusable until this process ends", index,
-                         what, name, words);
+        return ladd_fail(LADD_ERR_RUNTIME, "cuda:%d failed in %s or in work queued before (%s: %s); the device is unusable until this process ends",
+                         index, what, name, words);
     }
     return ladd_fail(LADD_ERR_RUNTIME, "cuda:%d: %s failed (%s: %s)", index, what, name, words);
 }
@@ -88,8 +84,9 @@ typedef struct pool_block {
 } pool_block;
 
 struct ladd_cuda_pool {
-    pool_block *blocks;
-    int n, room;
+    std::mutex lock; /* arrays end in any thread */
+    pool_block *blocks = nullptr;
+    int n = 0, room = 0;
 };
 
 static void give_back_free_blocks(ladd_cuda_state *state) {
@@ -118,6 +115,7 @@ extern "C" ladd_status ladd_cuda_alloc(LADD_CTX, void **block, size_t bytes) {
     ladd_cuda_pool *pool = state->pool;
     const size_t unit = bytes > (1u << 20) ? (size_t)2 << 20 : 512, size = bytes ? (bytes + unit - 1) / unit * unit : unit;
     *block = nullptr;
+    std::lock_guard<std::mutex> guard(pool->lock);
     pool_block *kept = size >= bytes ? find_free(state, size) : nullptr;
     if (kept) {
         kept->busy = true;
@@ -142,8 +140,8 @@ extern "C" ladd_status ladd_cuda_alloc(LADD_CTX, void **block, size_t bytes) {
         *block = nullptr;
         size_t available = 0, total = 0;
         if (cudaMemGetInfo(&available, &total) != cudaSuccess) cudaGetLastError();
-        return ladd_fail(LADD_ERR_MEMORY, "cuda:%d is out of memory: expected %.1f MiB, the device has %.1f of %.1f MiB left; it stays usable", state->index,
-                         (double)bytes / 1048576.0, (double)available / 1048576.0, (double)total / 1048576.0);
+        return ladd_fail(LADD_ERR_MEMORY, "cuda:%d is out of memory: expected %.1f MiB, the device has %.1f of %.1f MiB left; it stays usable",
+                         state->index, (double)bytes / 1048576.0, (double)available / 1048576.0, (double)total / 1048576.0);
     }
     LADD_CUDA_TRY(ctx, error);
     pool->blocks[pool->n++] = pool_block{*block, size, state->capturing, true};
@@ -152,12 +150,13 @@ extern "C" ladd_status ladd_cuda_alloc(LADD_CTX, void **block, size_t bytes) {
 
 extern "C" void ladd_cuda_release(LADD_CTX, void *block) {
     ladd_cuda_pool *pool = ladd_cuda(ctx)->pool;
+    std::lock_guard<std::mutex> guard(pool->lock);
     for (int i = 0; i < pool->n; i++)
         if (pool->blocks[i].pointer == block) pool->blocks[i].busy = false;
 }
 
-/* The driver copies pageable memory through pinned buffers of its own and returns once the source was read, which is what upload promises; small arrays
- * go through the ring, which does not wait for the stream. */
+/* The driver copies pageable memory through pinned buffers of its own and returns once the source was read, which is what upload promises; small
+ * arrays go through the ring, which does not wait for the stream. */
 extern "C" ladd_status ladd_cuda_upload(LADD_CTX, void *device, const void *host, size_t bytes) {
     if (bytes <= LADD_CUDA_STAGE_BYTES) {
         const void *staged;
@@ -260,7 +259,9 @@ static ladd_status convert(const ladd_context *ctx, Y *y, const X *x, int64_t n)
     return LADD_LAUNCH(ctx, (ladd_convert_kernel<1, Y, X>), (unsigned)ladd_ceil_div(n, LADD_BLOCK), LADD_BLOCK, 0, y, x, n);
 }
 
-extern "C" ladd_status ladd_cuda_to_act(LADD_CTX, ladd_act *y, const float *x, int64_t n) { LADD_CUDA_DISPATCH(ctx, T, return convert(ctx, (T *)y, x, n)); }
+extern "C" ladd_status ladd_cuda_to_act(LADD_CTX, ladd_act *y, const float *x, int64_t n) {
+    LADD_CUDA_DISPATCH(ctx, T, return convert(ctx, (T *)y, x, n));
+}
 extern "C" ladd_status ladd_cuda_to_float(LADD_CTX, float *y, const ladd_act *x, int64_t n) {
     LADD_CUDA_DISPATCH(ctx, T, return convert(ctx, y, (const T *)x, n));
 }
@@ -268,8 +269,8 @@ extern "C" ladd_status ladd_cuda_to_float(LADD_CTX, float *y, const ladd_act *x,
 /* ---- tables ---------------------------------------------------------------------------------------------------------- */
 
 #define LADD_ROW(name, arguments) LADD_CUDA(name),
-static const ladd_backend backend = {"cuda",           LADD_KERNELS(LADD_ROW) ladd_cuda_alloc, ladd_cuda_release, ladd_cuda_upload,
-                                     ladd_cuda_download, ladd_cuda_to_act,                     ladd_cuda_to_float};
+static const ladd_backend backend = {
+    "cuda", LADD_KERNELS(LADD_ROW) ladd_cuda_alloc, ladd_cuda_release, ladd_cuda_upload, ladd_cuda_download, ladd_cuda_to_act, ladd_cuda_to_float};
 #undef LADD_ROW
 
 /* ---- opening --------------------------------------------------------------------------------------------------------- */
@@ -283,10 +284,12 @@ static ladd_status count_devices(int *devices) {
     if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
     if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) runtime = 0;
     if (driver == 0)
-        return ladd_fail(LADD_ERR_RUNTIME,
-                         "device cuda: an NVIDIA driver expected, but libcuda.so.1 is not there or not loaded; install the driver, or use device='cpu'");
+        return ladd_fail(
+            LADD_ERR_RUNTIME,
+            "device cuda: an NVIDIA driver expected, but libcuda.so.1 is not there or not loaded; install the driver, or use device='cpu'");
     if (error == cudaErrorInsufficientDriver || error == cudaErrorSystemDriverMismatch)
-        return ladd_fail(LADD_ERR_RUNTIME, "device cuda: a driver for CUDA %d.%d expected (this build's runtime), the installed one is for %d.%d; update it",
+        return ladd_fail(LADD_ERR_RUNTIME,
+                         "device cuda: a driver for CUDA %d.%d expected (this build's runtime), the installed one is for %d.%d; update it",
                          runtime / 1000, runtime % 1000 / 10, driver / 1000, driver % 1000 / 10);
     if (error == cudaSuccess || error == cudaErrorNoDevice)
         return ladd_fail(LADD_ERR_RUNTIME, "device cuda: an NVIDIA GPU expected, the driver shows none (CUDA_VISIBLE_DEVICES hides devices too)");
@@ -296,12 +299,14 @@ static ladd_status count_devices(int *devices) {
 #define OPEN_TRY(call) LADD_TRY(check(state, (call), #call))
 
 static ladd_status fill_state(ladd_cuda_state *state) {
-    cudaDeviceProp properties;
+    int major, minor, shared_memory;
     OPEN_TRY(cudaSetDevice(state->index));
-    OPEN_TRY(cudaGetDeviceProperties(&properties, state->index));
-    state->sm = 10 * properties.major + properties.minor;
-    state->processors = properties.multiProcessorCount;
-    state->shared_memory = properties.sharedMemPerBlockOptin;
+    OPEN_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, state->index));
+    OPEN_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, state->index));
+    OPEN_TRY(cudaDeviceGetAttribute(&state->processors, cudaDevAttrMultiProcessorCount, state->index));
+    OPEN_TRY(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, state->index));
+    state->sm = 10 * major + minor;
+    state->shared_memory = (size_t)shared_memory;
     /* Asked of one kernel, for all were compiled alike: a missing architecture shows here and not in the middle of a pass. */
     cudaFuncAttributes attributes;
     OPEN_TRY(cudaFuncGetAttributes(&attributes, (const void *)ladd_convert_kernel<1, float, float>));
@@ -331,7 +336,7 @@ static void close_state(void *opaque) {
         cudaGetLastError();
     }
     if (state->pool) free(state->pool->blocks);
-    free(state->pool);
+    delete state->pool;
     free(state);
 }
 
@@ -343,7 +348,7 @@ static ladd_status open_state(void **opened, int index) {
     ladd_cuda_state *state = (ladd_cuda_state *)calloc(1, sizeof *state);
     if (!state) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the state of a device");
     state->index = index;
-    state->pool = (ladd_cuda_pool *)calloc(1, sizeof *state->pool);
+    state->pool = new (std::nothrow) ladd_cuda_pool;
     ladd_status status = state->pool ? fill_state(state) : ladd_fail(LADD_ERR_MEMORY, "out of memory for the state of a device");
     if (status == LADD_OK)
         *opened = state;
@@ -432,6 +437,7 @@ static ladd_status owner_of(const void *pointer, int *index) {
 static void graph_free(void *opaque) {
     ladd_cuda_graph *graph = (ladd_cuda_graph *)opaque;
     ladd_cuda_pool *pool = graph->state->pool;
+    std::lock_guard<std::mutex> guard(pool->lock);
     for (int i = 0; i < pool->n; i++)
         if (pool->blocks[i].graph == graph) pool->blocks[i].graph = nullptr;
     for (int i = 0; i < LADD_CUDA_SLOTS; i++)
@@ -490,5 +496,6 @@ static void connect(ladd_status (*to_core)(ladd_status, const char *), ladd_stat
 static const ladd_backend *backend_for(ladd_dtype act) { return act == LADD_F32 || act == LADD_BF16 || act == LADD_F16 ? &backend : nullptr; }
 
 extern "C" const ladd_device_api ladd_cuda_api = {
-    LADD_DEVICE_API, sizeof(ladd_backend), connect, count_devices, open_state, close_state, enter,    backend_for,   info,        wait,   stream,
-    use_stream,      wait_for,             let_wait, record,       passed,     owner_of,    capture_begin, capture_end, replay, graph_free};
+    LADD_DEVICE_API, sizeof(ladd_backend), connect,  count_devices, open_state, close_state, enter,    backend_for,   info,        wait,
+    stream,          use_stream,           wait_for, let_wait,      record,     passed,      owner_of, capture_begin, capture_end, replay,
+    graph_free};

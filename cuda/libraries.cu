@@ -29,7 +29,8 @@ static void *open_library(ladd_cuda_library which) {
     }
     for (const char *soname : l.sonames)
         if ((l.handle = dlopen(soname, RTLD_NOW | RTLD_LOCAL)) != nullptr) return l.handle;
-    ladd_fail(LADD_ERR_RUNTIME, "the library %s expected: %s; the loader knows neither %s nor %s. Install it with: pip install \"ladd[cuda]\" (or pip install %s)",
+    ladd_fail(LADD_ERR_RUNTIME,
+              "the library %s expected: %s; the loader knows neither %s nor %s. Install it with: pip install \"ladd[cuda]\" (or pip install %s)",
               l.name, tried, l.sonames[0], l.sonames[1], l.wheel);
     return nullptr;
 }
@@ -39,7 +40,8 @@ extern "C" void *ladd_cuda_symbol(ladd_cuda_library which, const char *name) {
     void *handle = libraries[which].handle ? libraries[which].handle : open_library(which);
     if (!handle) return nullptr;
     void *symbol = dlsym(handle, name);
-    if (!symbol) ladd_fail(LADD_ERR_RUNTIME, "the function %s expected in the library %s, which is too old; update %s", name, libraries[which].name,
-                           libraries[which].wheel);
+    if (!symbol)
+        ladd_fail(LADD_ERR_RUNTIME, "the function %s expected in the library %s, which is too old; update %s", name, libraries[which].name,
+                  libraries[which].wheel);
     return symbol;
 }

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import kernels, losses
+    from . import device, kernels, losses
     from ._core import get_num_threads, set_num_threads
     from .config import AdamWConfig, AutoencoderKLConfig, DiscriminatorConfig, LADDConfig, MMDiTConfig, load_toml
+    from .device import DeviceArray
     from .models import AutoencoderKL, Discriminator, MMDiT
     from .pipeline import Pipeline, save_pipeline
     from .sampling import iterate, sample, sigmas
@@ -24,6 +25,7 @@ _HOME = {
     "AdamWConfig": "config",
     "AutoencoderKL": "models",
     "AutoencoderKLConfig": "config",
+    "DeviceArray": "device",
     "Discriminator": "models",
     "DiscriminatorConfig": "config",
     "LADD": "training.ladd",
@@ -40,13 +42,14 @@ _HOME = {
     "set_num_threads": "_core",
     "sigmas": "sampling",
 }
-_MODULES = ("kernels", "losses")
+_MODULES = ("device", "kernels", "losses")
 
 __all__ = [
     "LADD",
     "AdamWConfig",
     "AutoencoderKL",
     "AutoencoderKLConfig",
+    "DeviceArray",
     "Discriminator",
     "DiscriminatorConfig",
     "LADDConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "Pipeline",
     "WordEncoder",
     "__version__",
+    "device",
     "get_num_threads",
     "iterate",
     "kernels",

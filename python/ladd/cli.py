@@ -111,6 +111,7 @@ def _add_sample(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--method", choices=("euler", "renoise"), help="default: the model's own")
     sub.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (default: 0)")
     sub.add_argument("--num", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
+    _add_device(sub)
     sub.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels (default: the model's own)")
     sub.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures computed at once (default: 16)")
     sub.add_argument(
@@ -119,12 +120,24 @@ def _add_sample(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="cpu", metavar="NAME", help='"cpu" (default), "cuda" or "cuda:1"')
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="what is computed in (default: bfloat16 on a GPU, else float32)"
+    )
+
+
+def _place(options: argparse.Namespace) -> dict[str, str]:
+    return {"device": options.device, "dtype": options.dtype or ("float32" if options.device == "cpu" else "bfloat16")}
+
+
 def _add_run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("config", type=Path, help="a TOML file")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the run keeps its files")
     sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="changes one setting; may be repeated")
     sub.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in --out")
     sub.add_argument("--dry-run", action="store_true", help="check everything, print the memory plan, and stop")
+    _add_device(sub)
 
 
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
@@ -169,7 +182,7 @@ def _sample(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and options.image is None:
             raise ValueError(f"--{name} needs --image, the picture to change")
     image, mask = (None if path is None else _open_picture(path) for path in (options.image, options.mask))
-    pipe = Pipeline.from_pretrained(options.model, model=options.which)
+    pipe = Pipeline.from_pretrained(options.model, model=options.which, **_place(options))
     result = pipe(
         options.prompt,
         image=image,
@@ -219,7 +232,7 @@ def _run(options: argparse.Namespace) -> None:
     if stage not in allowed:
         raise ValueError(f"{options.config}: stage must be {' or '.join(map(repr, allowed))} for `ladd {options.command}`, got {stage!r}")
     module = importlib.import_module(f".training.{STAGES[stage]}", __package__)
-    result = module.run(config, out=options.out, resume=options.resume, dry_run=options.dry_run)
+    result = module.run(config, out=options.out, resume=options.resume, dry_run=options.dry_run, **_place(options))
     if result is not None:
         print(result)
 
@@ -296,8 +309,21 @@ def _describe_installation() -> dict[str, Any]:
         "instruction set": _core.backend_name(),
         "threads": _core.get_num_threads(),
         "openblas": _core.openblas_config(),
+        "cuda": _describe_gpu(),
         "pretrained": shipped,
     }
+
+
+def _describe_gpu() -> dict[str, Any] | str:
+    """What the first GPU is, or why there is none."""
+    from . import device
+
+    try:
+        opened = device.get("cuda")
+        assert opened is not None
+        return opened.info()
+    except RuntimeError as error:
+        return str(error)
 
 
 def _describe_path(given: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from . import _core
-from .arrays import Array, as_float32
+from .arrays import as_float32
 
 Name = Literal["hinge", "logistic", "lsgan", "bce"]
 Role = Literal["real", "fake", "generator"]
@@ -38,7 +38,7 @@ class Loss:
             raise ValueError(f"logits ({role}) must be an array or a list of at least one, got an empty list")
         value, gradients = 0.0, []
         for i, head in enumerate(heads):
-            x: Array = as_float32(head, f"logits[{i}] ({role})")
+            x: Any = head if isinstance(head, _core.DeviceArray) else as_float32(head, f"logits[{i}] ({role})")
             if x.size == 0:
                 raise ValueError(f"logits[{i}] ({role}) must not be empty, got shape {list(x.shape)}")
             one, d = _core.adversarial_loss(x, self.name, role, 1.0 / len(heads))

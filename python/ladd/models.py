@@ -16,6 +16,7 @@ import numpy as np
 
 from . import _core as native
 from . import _purposes
+from . import device as devices
 from .arrays import Array, as_float32, per_sample, seeds_for
 from .config import AutoencoderKLConfig, DiscriminatorConfig, MMDiTConfig, to_dict
 from .weights import TensorRef, check_names, finite_weights, load_autoencoder, load_mmdit, load_plain, save_model
@@ -32,19 +33,18 @@ class _Model(abc.ABC, Generic[C]):
     device: str
     dtype: str
     _core: native.Model
+    _device: devices.Device | None
     _config_class: ClassVar[type]
     _class_name: ClassVar[str]
 
     def __init__(self, config: C | Mapping[str, Any], *, device: str = "cpu", dtype: str = "float32", seed: int | None = 0) -> None:
-        if device != "cpu":
-            raise ValueError(f"device must be 'cpu' (this build has no other), got {device!r}")
-        if dtype != "float32":
-            raise ValueError(f"dtype must be 'float32' (what the CPU computes in), got {dtype!r}")
+        self._device = devices.get(device)
+        devices.check_dtype(self._device, dtype)
         if isinstance(config, Mapping):
             config = cast(C, self._config_class.from_dict(config))  # type: ignore[attr-defined]
         if not isinstance(config, self._config_class):
             raise TypeError(f"config must be a {self._config_class.__name__} or a dict, got {type(config).__name__}")
-        self.config, self.device, self.dtype = config, device, dtype
+        self.config, self.device, self.dtype = config, str(self._device or "cpu"), dtype
         self._core = self._make_core(config)
         if seed is not None:  # None: the weights are about to be loaded
             self._core.init(seed)
@@ -55,6 +55,10 @@ class _Model(abc.ABC, Generic[C]):
     def __repr__(self) -> str:
         return f"<ladd.{type(self).__name__}, {self.num_parameters:,} parameters, {self.dtype} on {self.device}>"
 
+    def _array(self, value: Any, name: str, shape: Sequence[int | str | None], *, finite: bool = False) -> Any:
+        """`value` on this model's device, in the type it computes in."""
+        return devices.as_array(value, name, shape, device=self._device, dtype=self.dtype, finite=finite)
+
     # ---- weights ----
 
     @property
@@ -64,7 +68,7 @@ class _Model(abc.ABC, Generic[C]):
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all tensors by their diffusers names, float32."""
-        return {name: tensor.copy() for name, tensor in self._core.tensors().items()}
+        return {name: devices.to_host(tensor.copy()) for name, tensor in self._core.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Takes weights by name. Everything is checked first: on an error nothing has changed.
@@ -95,7 +99,8 @@ class _Model(abc.ABC, Generic[C]):
 
     def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
         """A diffusers folder: config.json and diffusion_pytorch_model.safetensors, in float32, float16 or bfloat16."""
-        save_model(path, self._class_name, to_dict(self.config), self._core.tensors(), dtype=dtype)
+        tensors = {name: devices.to_host(tensor) for name, tensor in self._core.tensors().items()}
+        save_model(path, self._class_name, to_dict(self.config), tensors, dtype=dtype)
 
     def copy(self) -> Self:
         """The same weights with gradients of its own; trainable."""
@@ -148,7 +153,7 @@ class MMDiT(_Model[MMDiTConfig]):
     _class_name = "SD3Transformer2DModel"
 
     def _make_core(self, config: MMDiTConfig) -> native.MMDiT:
-        return native.MMDiT({**to_dict(config), "dual_attention_layers": config.dual_attention_layers})
+        return native.MMDiT({**to_dict(config), "dual_attention_layers": config.dual_attention_layers}, self._device, self.dtype)
 
     @classmethod
     def from_pretrained(
@@ -169,7 +174,7 @@ class MMDiT(_Model[MMDiTConfig]):
 
     def _inputs(self, latents: Any, sigma: Any, context: Any, pooled: Any) -> tuple[Array, Array, Array, Array]:
         c = self.config
-        x = as_float32(latents, "latents", ("B", c.in_channels, "H", "W"))
+        x = self._array(latents, "latents", ("B", c.in_channels, "H", "W"))
         batch, _, height, width = x.shape
         p = c.patch_size
         if batch == 0 or height < p or width < p:
@@ -178,10 +183,10 @@ class MMDiT(_Model[MMDiTConfig]):
             raise ValueError(
                 f"latents must have at most pos_embed_max_size * patch_size = {c.pos_embed_max_size * p} pixels a side, got {height} x {width}"
             )
-        y = as_float32(context, "context", (batch, "T", c.joint_attention_dim))
+        y = self._array(context, "context", (batch, "T", c.joint_attention_dim))
         if y.shape[1] == 0:
             raise ValueError(f"context must have at least one token, got shape {list(y.shape)}")
-        return x, per_sample(sigma, "sigma", batch), y, as_float32(pooled, "pooled", (batch, c.pooled_projection_dim))
+        return x, per_sample(sigma, "sigma", batch), y, self._array(pooled, "pooled", (batch, c.pooled_projection_dim))
 
     def _blocks(self, blocks: Sequence[int], name: str) -> tuple[int, ...]:
         values = tuple(blocks)
@@ -241,14 +246,16 @@ class MMDiT(_Model[MMDiTConfig]):
         return self._core.plan(batch, height, width, text_tokens, taps=None if taps is None else self._taps(taps), keep=keep)
 
 
-def _like(value: Any, out: Array | list[Array], name: str) -> Any:
-    """A cotangent as float32 of the shape of `out`, an array or a list."""
+def _like(value: Any, out: Any, name: str) -> Any:
+    """A cotangent of the shape, type and place of `out`, an array or a list."""
     if not isinstance(out, list):
-        return as_float32(value, name, out.shape)
+        if isinstance(out, devices.DeviceArray):
+            return devices.as_array(value, name, out.shape, device=out.device, dtype=out.dtype)
+        return devices.as_array(value, name, out.shape, device=None)
     if not isinstance(value, (list, tuple)) or len(value) != len(out):
         given = f"{len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
         raise ValueError(f"{name} must be a list of {len(out)} arrays, one for each tap, got {given}")
-    return [as_float32(v, f"{name}[{i}]", o.shape) for i, (v, o) in enumerate(zip(value, out))]
+    return [_like(v, o, f"{name}[{i}]") for i, (v, o) in enumerate(zip(value, out))]
 
 
 # ---- Discriminator ------------------------------------------------------------------------------------------------
@@ -262,7 +269,7 @@ class Discriminator(_Model[DiscriminatorConfig]):
     _class_name = "LADDDiscriminator"
 
     def _make_core(self, config: DiscriminatorConfig) -> native.Discriminator:
-        return native.Discriminator({**to_dict(config), "taps": config.taps})
+        return native.Discriminator({**to_dict(config), "taps": config.taps}, self._device, self.dtype)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Self:
@@ -280,14 +287,14 @@ class Discriminator(_Model[DiscriminatorConfig]):
         height, width = (int(n) for n in grid)
         if height < 1 or width < 1:
             raise ValueError(f"grid must be (rows, columns) of tokens, each at least 1, got {grid}")
-        first = as_float32(features[0], "features[0]", ("B", height * width, c.feature_dim))
-        rest = [as_float32(f, f"features[{i + 1}]", first.shape) for i, f in enumerate(features[1:])]
+        first = self._array(features[0], "features[0]", ("B", height * width, c.feature_dim))
+        rest = [self._array(f, f"features[{i + 1}]", first.shape) for i, f in enumerate(features[1:])]
         batch = first.shape[0]
         text = None
         if c.condition_pooled:
             if pooled is None:
                 raise ValueError(f"pooled must be given, shape [{batch}, {c.pooled_dim}]: these heads are conditioned on it")
-            text = as_float32(pooled, "pooled", (batch, c.pooled_dim))
+            text = self._array(pooled, "pooled", (batch, c.pooled_dim))
         return [first, *rest], per_sample(sigma, "sigma", batch), text, (height, width)
 
     def __call__(self, features: Sequence[Any], sigma: Any, pooled: Any, *, grid: tuple[int, int]) -> list[Array]:
@@ -333,7 +340,7 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
     _BESIDE = ("sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
     def _make_core(self, config: AutoencoderKLConfig) -> native.AutoencoderKL:
-        return native.AutoencoderKL({k: v for k, v in to_dict(config).items() if k not in self._BESIDE})
+        return native.AutoencoderKL({k: v for k, v in to_dict(config).items() if k not in self._BESIDE}, self._device, self.dtype)
 
     @classmethod
     def from_pretrained(
@@ -349,9 +356,9 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         config, tensors = load_autoencoder(path, config=config, variant=variant)
         return cls._from_tensors(config, tensors, f"the configuration of {path}", device=device, dtype=dtype)
 
-    def _images(self, images: Any) -> Array:
+    def _images(self, images: Any) -> Any:
         c = self.config
-        x = as_float32(images, "images", ("B", c.in_channels, "H", "W"), finite=True)
+        x = self._array(images, "images", ("B", c.in_channels, "H", "W"), finite=True)
         f = c.spatial_factor
         if 0 in x.shape or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"images must have B >= 1 and H and W that are multiples of {f}, got shape {list(x.shape)}")
@@ -364,6 +371,7 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         return latents / np.float32(self.config.scaling_factor) + np.float32(self.config.shift_factor or 0.0)
 
     def _posterior(self, moments: Array) -> tuple[Array, Array]:
+        """On the host: latents are small beside the pictures."""
         mean, logvar = np.split(moments, 2, axis=1)
         return np.ascontiguousarray(mean), np.clip(logvar, LOGVAR_MIN, LOGVAR_MAX)
 
@@ -375,17 +383,20 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         if sample and seed is None:
             raise ValueError("sample=True needs a seed (an integer, or one an image)")
         x = self._images(images)
-        mean, logvar = self._posterior(self._core.encode(x)[0])
+        mean, logvar = self._posterior(devices.to_host(self._core.encode(x)[0]))
         if sample:
             mean = mean + np.exp(0.5 * logvar) * normal_by_seed(seeds_for(seed, len(x)), mean.shape[1:], _purposes.VAE_POSTERIOR)
-        return self._scale(mean)
+        latents = self._scale(mean)
+        return self._array(latents, "latents", latents.shape)  # type: ignore[no-any-return]
 
     def decode(self, latents: Any) -> Array:
         """Images [B,3,H,W], about in [-1, 1], of latents [B,C,h,w]."""
-        z = as_float32(latents, "latents", ("B", self.config.latent_channels, "h", "w"), finite=True)
+        place = self._device if isinstance(latents, devices.DeviceArray) else None
+        z = devices.as_array(latents, "latents", ("B", self.config.latent_channels, "h", "w"), device=place, finite=True)
         if 0 in z.shape:
             raise ValueError(f"latents must not be empty, got shape {list(z.shape)}")
-        return self._core.decode(self._unscale(z))[0]
+        unscaled = self._unscale(devices.to_host(z))
+        return self._core.decode(self._array(unscaled, "latents", unscaled.shape))[0]
 
     def vjp(
         self, images: Any, *, sample: bool = False, seed: int | Sequence[int] | None = None
@@ -398,7 +409,8 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         if sample and seed is None:
             raise ValueError("sample=True needs a seed (an integer, or one an image)")
         x = self._images(images)
-        moments, saved_encoder = self._core.encode(x, keep=True)
+        encoded, saved_encoder = self._core.encode(x, keep=True)
+        moments = devices.to_host(encoded)
         mean, logvar = self._posterior(moments)
         inside = (moments[:, mean.shape[1] :] >= LOGVAR_MIN) & (moments[:, mean.shape[1] :] <= LOGVAR_MAX)
         noise = None
@@ -406,20 +418,19 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         if sample:
             noise = normal_by_seed(seeds_for(seed, len(x)), mean.shape[1:], _purposes.VAE_POSTERIOR) * np.exp(0.5 * logvar)
             z = mean + noise
-        decoded, saved_decoder = self._core.decode(z, keep=True)
+        decoded, saved_decoder = self._core.decode(self._array(z, "z", z.shape), keep=True)
         assert saved_encoder is not None and saved_decoder is not None
 
         def pullback(dimages: Any, dmean: Any = None, dlogvar: Any = None, *, params: bool = True, input: bool = True) -> Array | None:
-            dout = as_float32(dimages, "dimages", decoded.shape)
+            dout = _like(dimages, decoded, "dimages")
             extra_mean = None if dmean is None else as_float32(dmean, "dmean", mean.shape)
             extra_logvar = None if dlogvar is None else as_float32(dlogvar, "dlogvar", mean.shape)
-            dz = saved_decoder.backward(dout, params=params)
-            assert dz is not None
+            dz = devices.to_host(saved_decoder.backward(dout, params=params))
             # z = mean + exp(logvar / 2) e
             dl = np.zeros_like(mean) if noise is None else dz * noise * np.float32(0.5)
             dl = np.where(inside, dl if extra_logvar is None else dl + extra_logvar, np.float32(0))
             dm = dz if extra_mean is None else dz + extra_mean
-            return saved_encoder.backward(np.concatenate([dm, dl], axis=1), params=params, input=input)
+            return saved_encoder.backward(_like(np.concatenate([dm, dl], axis=1), encoded, "dmoments"), params=params, input=input)
 
         return Reconstruction(decoded, mean, logvar), pullback
 

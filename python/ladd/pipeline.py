@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from . import device as devices
 from . import pictures, sampling
 from .arrays import Array, seeds_for
 from .config import check_keys, from_dict, load_json, to_dict
@@ -136,7 +137,10 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path = "openmoji", *, model: str | None = None, device: str = "cpu", dtype: str = "float32") -> Self:
-        """A folder, or "openmoji" for the model that comes with the package. model: "student" or "teacher"; None: the folder's default."""
+        """A folder, or "openmoji" for the model that comes with the package. model: "student" or "teacher"; None: the folder's default.
+
+        device: "cpu", "cuda" or "cuda:1"; dtype: "float32", on a GPU also "bfloat16" or "float16". Text is encoded on the CPU.
+        """
         folder = PRETRAINED / "openmoji" if str(path) == "openmoji" else Path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)")
@@ -206,8 +210,8 @@ class Pipeline:
                 negative=negative,
                 seeds=seeds[part],
             )
-            latents.append(x)
-            images.extend(to_images(source.keep(self.vae.decode(x), part)))
+            latents.append(devices.to_host(x))
+            images.extend(to_images(source.keep(devices.to_host(self.vae.decode(x)), part)))
         return PipelineOutput(images, np.concatenate(latents), prompts, seeds, times)
 
     def _source(self, image: Any, strength: float | None, mask: Any, size: Any, count: int, times: Array) -> _Source:
@@ -244,11 +248,11 @@ class Pipeline:
             if not source.latent_mask.any():
                 raise ValueError(f"mask must be 1 in at least one of the latents' pixels, every {factor}th of the picture, got none")
         if not self.inpainting or strength < 1:
-            source.latents = self.vae.encode(picture)
+            source.latents = devices.to_host(self.vae.encode(picture))
         else:
             source.strength = None
         if self.inpainting and mask is not None:
-            source.masked_latents = self.vae.encode(picture * (mask < 0.5))
+            source.masked_latents = devices.to_host(self.vae.encode(picture * (mask < 0.5)))
         return source
 
     def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, _purposes
+from . import device as devices
 from .arrays import Array, as_float32, as_mask, seeds_for
 
 Model = Callable[..., Array]  # (latents, sigma, context, pooled, skip_layers=()) -> velocity
@@ -228,7 +229,7 @@ def sample(
     for state in run.states():
         if callback is not None:
             callback(state)
-    return run.x
+    return run.result()  # type: ignore[no-any-return]
 
 
 class _Run:
@@ -253,11 +254,12 @@ class _Run:
         rng: str,
     ) -> None:
         self.model = model
-        self.context = as_float32(context, "context", ("B", "T", "J"))
+        self.device: devices.Device | None = getattr(model, "_device", None)
+        self.context = self._on_host(context, "context", ("B", "T", "J"))
         batch = self.context.shape[0]
         if batch == 0:
             raise ValueError(f"context must have B >= 1, got shape {list(self.context.shape)}")
-        self.pooled = as_float32(pooled, "pooled", (batch, "P"))
+        self.pooled = self._on_host(pooled, "pooled", (batch, "P"))
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         if rng not in ("philox", "torch"):
@@ -265,9 +267,23 @@ class _Run:
         self.method = method
         self.sigmas = self._times(given_sigmas, steps)
         self._guidance(guidance_scale, negative)
+        self.text: tuple[Any, Any] = (self.context, self.pooled)
+        if self.device is not None:  # sent once, not at every step
+            put = self.model._array  # type: ignore[attr-defined]
+            self.text = put(self.context, "context", self.context.shape), put(self.pooled, "pooled", self.pooled.shape)
         self.noise = (PhiloxNoise if rng == "philox" else TorchNoise)(seeds_for(seeds, batch))
         shape = self._shape(size, latents, masked_latents, batch)
         self._start(latents, strength, mask, masked_latents, shape)
+
+    def _on_host(self, value: Any, name: str, shape: Sequence[int | str | None] | None = None, *, finite: bool = False) -> Array:
+        """The sampler works on the host in float32: latents are small beside what the model does with them."""
+        if value is not None and self.device is not None and not isinstance(value, np.ndarray):
+            value = devices.to_host(devices.as_array(value, name, device=self.device))
+        return as_float32(value, name, shape, finite=finite)
+
+    def result(self) -> Any:
+        """The latents where the model is."""
+        return devices.as_array(self.x, "latents", device=self.device)
 
     def _times(self, given: Any, steps: int | None) -> Array:
         if (given is None) == (steps is None):
@@ -291,7 +307,7 @@ class _Run:
             raise TypeError(f"negative must be (context, pooled), got {type(negative).__name__}")
         joined = []
         for value, like, name in zip(negative, (self.context, self.pooled), ("negative context", "negative pooled")):
-            array = as_float32(value, name)
+            array = self._on_host(value, name)
             if array.ndim == like.ndim and array.shape[0] in (1, like.shape[0]) and array.shape[1:] == like.shape[1:]:
                 joined.append(np.concatenate([np.broadcast_to(array, like.shape), like]))
             else:
@@ -317,7 +333,7 @@ class _Run:
         for value, name in ((latents, "latents"), (masked_latents, "masked_latents")):
             if value is None:
                 continue
-            shape = as_float32(value, name, ("B", "C" if channels is None else channels, "H", "W"), finite=True).shape
+            shape = self._on_host(value, name, ("B", "C" if channels is None else channels, "H", "W"), finite=True).shape
             if shape[0] not in (1, batch):
                 raise ValueError(f"{name} must have batch 1 or {batch} like context, got {shape[0]}")
             if size is not None and tuple(size) != shape[2:]:
@@ -341,7 +357,7 @@ class _Run:
         batch = len(self.context) // (2 if self.guided else 1)
         given = None
         if latents is not None:
-            given = np.broadcast_to(as_float32(latents, "latents"), (batch, *shape))
+            given = np.broadcast_to(self._on_host(latents, "latents"), (batch, *shape))
         self.mask: Array | None = None
         self.picture: Array | None = None  # the clean latents that a mask keeps
         self.first_noise: Array | None = None
@@ -349,7 +365,7 @@ class _Run:
         if masked_latents is not None:
             if mask is None:
                 raise ValueError("masked_latents need mask: an inpainting transformer takes both")
-            masked = np.broadcast_to(as_float32(masked_latents, "masked_latents"), (batch, *shape))
+            masked = np.broadcast_to(self._on_host(masked_latents, "masked_latents"), (batch, *shape))
             self.beside = np.concatenate([self._mask(mask, (batch, 1, *shape[1:])), masked], axis=1)
         blended = mask is not None and self.beside is None
         if strength is None and not blended:
@@ -382,11 +398,11 @@ class _Run:
         batch = len(self.x)
         x = self.x if self.beside is None else np.concatenate([self.x, self.beside], axis=1)
         if not self.guided:
-            v = self.model(x, np.full(batch, sigma, np.float32), self.context, self.pooled)
+            v = self.model(x, np.full(batch, sigma, np.float32), *self.text)
         else:
-            both = self.model(np.concatenate([x, x]), np.full(2 * batch, sigma, np.float32), self.context, self.pooled)
+            both = devices.to_host(self.model(np.concatenate([x, x]), np.full(2 * batch, sigma, np.float32), *self.text))
             v = both[:batch] + self.scale * (both[batch:] - both[:batch])
-        return as_float32(v, "the model's velocity", self.x.shape)
+        return as_float32(devices.to_host(v), "the model's velocity", self.x.shape)
 
     def states(self) -> Iterator[State]:
         steps = len(self.sigmas) - 1

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shlex
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,7 @@ FLAGS = [
     "-fno-strict-aliasing",
     "-U_FORTIFY_SOURCE",  # its longjmp refuses to leave a fiber
     f"-I{HERE}",
+    f"-I{sysconfig.get_path('include')}",
 ]
 CXX_FLAGS = ["-std=c++17", f"-fsanitize={CHECKS}", "-fsanitize-undefined-trap-on-error"]
 
@@ -55,21 +57,30 @@ def compile_one(source: Path, folder: Path) -> Path:
     return made
 
 
-def build() -> Path:
-    """The library of all kernels, made if it is not there or not new."""
-    kernels = [path for path in sorted((ROOT / "cuda").glob("*.cu")) if path.stem not in ("device", "libraries")]  # device.cpp stands for them
-    sources = [*kernels, *sorted(HERE.glob("*.cpp")), ROOT / "csrc" / "core.c"]
+def link(name: str, sources: list[Path]) -> Path:
     key = hashlib.sha256("\0".join([*FLAGS, *CXX_FLAGS]).encode()).hexdigest()[:12]
     folder = ROOT / "build" / f"cuda-emulated-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("LADD_JOBS", 0)) or os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: compile_one(source, folder), sources))
-    library = folder / "emulated.so"
+    library = folder / name
     if not library.is_file() or any(made.stat().st_mtime > library.stat().st_mtime for made in objects):
         aside = library.with_suffix(f".{os.getpid()}.so")
-        run(["g++", "-shared", "-o", str(aside), *map(str, objects)])
+        run(["g++", "-shared", "-o", str(aside), *map(str, objects), "-ldl"])
         os.replace(aside, library)
     return library
+
+
+def build() -> Path:
+    """The library of all kernels, made if it is not there or not new."""
+    kernels = [path for path in sorted((ROOT / "cuda").glob("*.cu")) if path.stem not in ("device", "libraries")]  # device.cpp stands for them
+    return link("emulated.so", [*kernels, *sorted(HERE.glob("*.cpp")), ROOT / "csrc" / "core.c"])
+
+
+def build_extension() -> Path:
+    """The extension ladd._cuda as it is, with the emulator in the place of CUDA's run time."""
+    emulator = [path for path in sorted(HERE.glob("*.cpp")) if path.stem != "device"]
+    return link("_cuda.so", [*sorted((ROOT / "cuda").glob("*.cu")), *emulator, ROOT / "csrc" / "python" / "cuda" / "module.c"])
 
 
 if __name__ == "__main__":

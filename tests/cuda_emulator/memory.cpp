@@ -188,7 +188,11 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind 
     memmove(to, from, bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) { return cudaMemcpy(to, from, bytes, kind); }
+static cudaError_t pretended_copy_error();
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    if (kind == cudaMemcpyDeviceToHost && pretended_copy_error() != cudaSuccess) return set_error(pretended_copy_error(), "");
+    return cudaMemcpy(to, from, bytes, kind);
+}
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {
     HostAccess access;
     if (!bytes) return cudaSuccess;
@@ -232,8 +236,33 @@ cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
+/* What the machine pretends to be, for tests of errors: number of devices, the driver's version (0: none installed), what a kernel's lookup gives, and
+ * an error that the next copy to the host meets. */
+static int pretended_devices = 1, pretended_driver = 13000;
+static cudaError_t pretended_lookup = cudaSuccess, pretended_copy = cudaSuccess;
+extern "C" void ladd_emulator_pretend(int devices, int driver, int lookup, int copy) {
+    pretended_devices = devices;
+    pretended_driver = driver;
+    pretended_lookup = (cudaError_t)lookup;
+    pretended_copy = (cudaError_t)copy;
+}
+static cudaError_t pretended_copy_error() { return pretended_copy; }
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 1;
+    *count = pretended_devices;
+    if (pretended_driver < 13000) return set_error(cudaErrorInsufficientDriver, "");
+    return pretended_devices ? cudaSuccess : set_error(cudaErrorNoDevice, "");
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
+    strcpy(properties->name, "emulator");
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) {
+    attributes->binaryVersion = 90;
+    return pretended_lookup == cudaSuccess ? cudaSuccess : set_error(pretended_lookup, "");
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *pointer) {
+    attributes->device = 0;
+    attributes->type = is_device(pointer) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
@@ -246,7 +275,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int *version) {
-    *version = 13000;
+    *version = pretended_driver;
     return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int *version) {
@@ -267,8 +296,8 @@ const char *cudaGetErrorName(cudaError_t error) {
         case cudaErrorNotReady: return "cudaErrorNotReady";
         case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
         case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+        default: return "cudaErrorUnknown";
     }
-    return "cudaErrorUnknown";
 }
 const char *cudaGetErrorString(cudaError_t error) { return error == last_error && !last_text.empty() ? last_text.c_str() : cudaGetErrorName(error); }
 cudaError_t cudaGetLastError() {

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _purposes
+from ..device import to_host
 from . import metrics
 from .classifier import FeatureNetwork, Prediction
 
@@ -242,7 +243,7 @@ def sample(
 def reconstruct(pipeline: Pipeline, images: NDArray[np.uint8], batch: int) -> NDArray[np.uint8]:
     """Real pictures through the autoencoder and back."""
     pieces = [from_bytes(images[start : start + batch]) for start in range(0, len(images), batch)]
-    return np.concatenate([to_bytes(pipeline.vae.decode(pipeline.vae.encode(piece))) for piece in pieces])
+    return np.concatenate([to_bytes(to_host(pipeline.vae.decode(pipeline.vae.encode(piece)))) for piece in pieces])
 
 
 def measure_rows(

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _purposes
+from .. import device as devices
 from ..config import AdamWConfig, AutoencoderKLConfig
 from ..data import openmoji
 from ..models import AutoencoderKL
@@ -77,31 +78,35 @@ class AutoencoderTrainer:
     def step(self, images: Array, step: int, rate_scale: float = 1.0) -> dict[str, float]:
         """One update on images [B,3,H,W] in [-1, 1]."""
         self.optimizer.zero_grad()
-        moments, saved_encoder = self.core.encode(images, keep=True)
+        encoded, saved_encoder = self.core.encode(self._put(images), keep=True)
         assert saved_encoder is not None
+        moments = devices.to_host(encoded)
         mean, logvar = np.split(moments, 2, axis=1)
         clamped = np.clip(logvar, *LOGVAR_RANGE)
         deviation = np.exp(0.5 * clamped)
         noise = _core.normal(mean.shape, self.run.seed, _purposes.VAE_POSTERIOR, step)
         z = mean + deviation * noise
-        out, saved_decoder = self.core.decode(z, keep=True)
+        decoded, saved_decoder = self.core.decode(self._put(z), keep=True)
         assert saved_decoder is not None
 
+        out = devices.to_host(decoded)
         loss, dout = reconstruction_loss(out, images, self.run)
         variance = deviation * deviation
         kl = 0.5 * float((mean * mean + variance - 1 - clamped).mean())
         if not math.isfinite(loss) or not math.isfinite(kl):
             raise FloatingPointError(f"the autoencoder's loss is not finite at step {step}: reconstruction {loss}, KL {kl}")
 
-        dz = saved_decoder.backward(dout)
-        assert dz is not None
+        dz = devices.to_host(saved_decoder.backward(self._put(dout)))
         weight = np.float32(self.run.kl_weight / mean.size)
         dmean = dz + weight * mean
         dlogvar = (dz * noise * deviation + weight * (variance - 1)) * np.float32(0.5)
         dlogvar[logvar != clamped] = 0
-        saved_encoder.backward(np.concatenate([dmean, dlogvar], axis=1), input=False)
+        saved_encoder.backward(self._put(np.concatenate([dmean, dlogvar], axis=1)), input=False)
         norm = self.optimizer.update(rate_scale)
         return {"loss": loss, "kl": kl, "psnr": psnr(out, images), "grad_norm": norm}
+
+    def _put(self, array: Array) -> Array:
+        return self.vae._array(array, "array", array.shape)  # type: ignore[no-any-return]
 
     def state(self) -> common.State:
         return common.join_states(vae=({"flat": self.core.flat}, {}), optimizer=self.optimizer.state())
@@ -116,32 +121,38 @@ def psnr(out: Array, target: Array) -> float:
     return float(-10 * np.log10(max(float(np.square(np.clip(out, -1, 1) - target).mean()) / 4, 1e-12)))
 
 
-def reconstruct(core: Any, images: Array, batch: int = 32) -> Array:
+def reconstruct(vae: AutoencoderKL, images: Array, batch: int = 32) -> Array:
     """decode(mean of encode) of many pictures, a batch at a time."""
     parts = []
     for i in range(0, len(images), batch):
-        moments, _ = core.encode(images[i : i + batch])
-        parts.append(core.decode(np.ascontiguousarray(np.split(moments, 2, axis=1)[0]))[0])
+        mean = np.ascontiguousarray(np.split(_moments(vae, images[i : i + batch]), 2, axis=1)[0])
+        parts.append(devices.to_host(vae._core.decode(vae._array(mean, "mean", mean.shape))[0]))
     return np.concatenate(parts)
 
 
-def latent_statistics(core: Any, views: openmoji.Views, count: int, seed: int, batch: int = 32) -> tuple[float, float]:
+def _moments(vae: AutoencoderKL, images: Array) -> Array:
+    """[mean, logvar] of images [B,3,H,W], on the host."""
+    return devices.to_host(vae._core.encode(vae._array(images, "images", images.shape))[0])
+
+
+def latent_statistics(vae: AutoencoderKL, views: openmoji.Views, count: int, seed: int, batch: int = 32) -> tuple[float, float]:
     """Mean and deviation over all elements of posterior samples of training views."""
     total = square = n = 0.0
     for i in range(-(-count // batch)):
-        moments, _ = core.encode(views.batch(i, batch)[0])
-        mean, logvar = np.split(moments, 2, axis=1)
+        mean, logvar = np.split(_moments(vae, views.batch(i, batch)[0]), 2, axis=1)
         z = mean + np.exp(0.5 * np.clip(logvar, *LOGVAR_RANGE)) * _core.normal(mean.shape, seed, _purposes.VAE_POSTERIOR, (1 << 31) + i)
         total, square, n = total + float(z.sum(dtype=np.float64)), square + float(np.square(z, dtype=np.float64).sum()), n + z.size
     average = total / n
     return average, math.sqrt(square / n - average * average)
 
 
-def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False) -> Path | None:
+def run(
+    config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False, device: str = "cpu", dtype: str = "float32"
+) -> Path | None:
     """Trains from a configuration with the sections [model], [optimizer] and [run]; returns the folder `vae`, or None after a dry run."""
     parts = common.sections(config, SECTIONS)
     settings: AutoencoderRun = parts["run"]
-    vae = AutoencoderKL(parts["model"], seed=settings.seed)
+    vae = AutoencoderKL(parts["model"], device=device, dtype=dtype, seed=settings.seed)
     if settings.image_size % vae.config.spatial_factor:
         raise ValueError(f"run.image_size must be a multiple of {vae.config.spatial_factor}, got {settings.image_size}")
     train = openmoji.Views(seed=settings.seed, size=settings.image_size)
@@ -156,7 +167,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
         images, _ = train.batch(step, settings.batch)
         metrics = trainer.step(images, step, common.cosine_tail(step, book.steps, settings.decay_share))
         if book.due(step, settings.sample_every):
-            again = reconstruct(trainer.core, held)
+            again = reconstruct(vae, held)
             metrics["psnr_heldout"] = psnr(again, held)
             pairs = np.stack([held[:32], again[:32]], axis=1).reshape(64, *held.shape[1:])
             common.save_grid(book.out / "samples" / f"step-{step:08d}.png", pairs, columns=8)
@@ -167,9 +178,9 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
 
 def finish(vae: AutoencoderKL, train: openmoji.Views, settings: AutoencoderRun, folder: Path) -> Path:
     """Measures the latents' scale and saves the diffusers folder."""
-    mean, deviation = latent_statistics(vae._core, train, settings.statistics_views, settings.seed)
+    mean, deviation = latent_statistics(vae, train, settings.statistics_views, settings.seed)
     result = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=1 / deviation, shift_factor=mean, sample_size=settings.image_size))
-    result._core.flat[:] = vae._core.flat
+    result._core.flat[:] = devices.to_host(vae._core.flat)
     with common.atomic_folder(folder) as temporary:
         result.save_pretrained(temporary)
     return folder

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .. import config as configs
+from .. import device as devices
 
 Array = NDArray[Any]
 State = tuple[dict[str, Array], dict[str, Any]]  # arrays and counters
@@ -46,8 +47,8 @@ class AdamW:
         self.buffers = list(buffers)
         self.config = config
         self.name = name
-        self.m = [np.zeros_like(p) for p, _ in self.buffers]
-        self.v = [np.zeros_like(p) for p, _ in self.buffers]
+        self.m = [devices.zeros_like(p) for p, _ in self.buffers]
+        self.v = [devices.zeros_like(p) for p, _ in self.buffers]
         self.updates = 0
 
     def zero_grad(self) -> None:
@@ -198,7 +199,7 @@ def sha256(*arrays: Array) -> str:
     """Hash of the bytes of arrays: the identity of weights in provenance and checks."""
     digest = hashlib.sha256()
     for a in arrays:
-        digest.update(np.ascontiguousarray(a).view(np.uint8).data)
+        digest.update(np.ascontiguousarray(devices.to_host(a)).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -212,7 +213,7 @@ def save_state(path: Path, state: State, **header: Any) -> None:
 
     arrays, counters = state
     with atomic_folder(path) as folder:
-        save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, folder / "state.safetensors")
+        save_file({k: np.ascontiguousarray(devices.to_host(a)) for k, a in arrays.items()}, folder / "state.safetensors")
         (folder / "state.json").write_text(json.dumps({**header, "counters": counters}, indent=1))
 
 

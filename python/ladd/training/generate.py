@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _purposes, sampling
+from .. import device as devices
 from ..data import openmoji
 from ..data.shards import ShardWriter
 from ..pipeline import Pipeline
@@ -76,14 +77,16 @@ def identity(pipe: Pipeline) -> dict[str, Any]:
     }
 
 
-def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = True, dry_run: bool = False) -> Path | None:
+def run(
+    config: Mapping[str, Any], *, out: str | Path, resume: bool = True, dry_run: bool = False, device: str = "cpu", dtype: str = "float32"
+) -> Path | None:
     """Writes shards into `out`; section [run]. Returns the folder, or None after a dry run."""
     from tqdm.auto import tqdm
 
     r: GenerateRun = common.sections(config, SECTIONS)["run"]
     if r.source == "drawings":
         common.warn_unused(config, "run", ("steps", "guidance_scale", "schedule", "shift"), 'run.source is "drawings"')
-    pipe = Pipeline.from_pretrained(r.teacher, model="teacher")
+    pipe = Pipeline.from_pretrained(r.teacher, model="teacher", device=device, dtype=dtype)
     size = pipe.model.config.sample_size
     if dry_run:
         if r.source == "drawings":
@@ -135,9 +138,10 @@ def _sampler(pipe: Pipeline, r: GenerateRun) -> Maker:
 
     def make(views: Sequence[openmoji.View], seeds: Sequence[int], scales: Array) -> Array:
         context, pooled = pipe.text.encode([view.text for view in views])
-        return sampling.sample(
+        latents = sampling.sample(
             pipe.model, context, pooled, size=(size, size), sigmas=times, guidance_scale=scales, negative=negative, seeds=seeds
         )
+        return devices.to_host(latents)
 
     return make
 
@@ -147,6 +151,6 @@ def _encoder(pipe: Pipeline) -> Maker:
     size = pipe.model.config.sample_size * pipe.vae.config.spatial_factor
 
     def make(views: Sequence[openmoji.View], seeds: Sequence[int], scales: Array) -> Array:
-        return pipe.vae.encode(np.stack([view.render(size) for view in views]), sample=True, seed=seeds)
+        return devices.to_host(pipe.vae.encode(np.stack([view.render(size) for view in views]), sample=True, seed=seeds))
 
     return make

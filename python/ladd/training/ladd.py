@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _purposes, losses
-from ..arrays import as_float32
+from .. import device as devices
 from ..config import DiscriminatorConfig, LADDConfig, to_dict
 from ..data.shards import LatentShards, epoch_rows, looks_like_noise
 from ..models import Discriminator, MMDiT
@@ -110,6 +110,12 @@ class LADD:
         s, t, d = self.student.config, self.teacher.config, self.discriminator.config
         if self.student is self.teacher or self.student._core is self.teacher._core:
             raise ValueError("student and teacher must be two models (student = teacher.copy()): the teacher must not change")
+        for model in (self.teacher, self.discriminator):
+            if (model.device, model.dtype) != (self.student.device, self.student.dtype):
+                raise ValueError(
+                    f"student, teacher and discriminator must be on one device in one dtype, got {self.student.dtype} on "
+                    f"{self.student.device} and {model.dtype} on {model.device}"
+                )
         for name in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
             if getattr(s, name) != getattr(t, name):
                 raise ValueError(f"student and teacher must have the same {name}, got {getattr(s, name)} and {getattr(t, name)}")
@@ -156,19 +162,19 @@ class LADD:
         return self._discriminator_half(self._parts(batch, self._next_draws(len(batch[0]))))
 
     def _batch(self, latents: Any, context: Any, pooled: Any, noise: Any) -> tuple[Array, Array, Array, Array | None]:
-        c = self.student.config
-        z = as_float32(latents, "latents", ("B", c.in_channels, "H", "W"), finite=True)
+        c, put = self.student.config, self.student._array
+        z = put(latents, "latents", ("B", c.in_channels, "H", "W"), finite=True)
         patch = math.lcm(c.patch_size, self.teacher.config.patch_size)
         if z.shape[2] % patch or z.shape[3] % patch:
             raise ValueError(f"latents must have H and W that are multiples of patch_size = {patch}, got shape {list(z.shape)}")
-        y = as_float32(context, "context", (len(z), "T", c.joint_attention_dim), finite=True)
-        p = as_float32(pooled, "pooled", (len(z), c.pooled_projection_dim), finite=True)
-        e = None if noise is None else as_float32(noise, "noise", z.shape, finite=True)
+        y = put(context, "context", (len(z), "T", c.joint_attention_dim), finite=True)
+        p = put(pooled, "pooled", (len(z), c.pooled_projection_dim), finite=True)
+        e = None if noise is None else put(noise, "noise", z.shape, finite=True)
         if self.config.pair_weight and e is None:
             raise ValueError("pair_weight needs noise=: what the teacher sampled each latent from")
-        if self.passes < NOISE_CHECKS and not self.allow_noise_latents and looks_like_noise(z):
+        if self.passes < NOISE_CHECKS and not self.allow_noise_latents and looks_like_noise(seen := devices.to_host(z)):
             raise ValueError(
-                f"latents look like standard normal noise (mean {z.mean():.3f}, deviation {z.std():.3f}, neighbours uncorrelated), "
+                f"latents look like standard normal noise (mean {seen.mean():.3f}, deviation {seen.std():.3f}, neighbours uncorrelated), "
                 "not like pictures; pass allow_noise_latents=True if that is meant"
             )
         if self.config.misaligned_weight and len(z) < 2:
@@ -190,7 +196,7 @@ class LADD:
     def _parts(self, batch: tuple[Array, Array, Array, Array | None], draws: Draws) -> list[Part]:
         z, y, p, e = batch
         n = self.config.micro_batch or len(z)
-        other_y, other_p = np.roll(y, 1, axis=0), np.roll(p, 1, axis=0)  # over the batch, so that the split does not matter
+        other_y, other_p = devices.roll_rows(y), devices.roll_rows(p)  # over the batch, so that the split does not matter
         out = []
         for i in range(0, len(z), n):
             rows = slice(i, min(i + n, len(z)))
@@ -209,7 +215,8 @@ class LADD:
         else:
             x_t = _core.renoise(part.latents, t, self.config.seed, _purposes.STUDENT_NOISE, part.draws.key, part.samples)
             if part.noise is not None:
-                x_t[paired] = part.noise[paired]
+                for i in np.flatnonzero(paired):
+                    x_t[i : i + 1] = part.noise[i : i + 1]
         v, saved = self.student._core.forward(x_t, t, part.context, part.pooled, keep=keep)
         return StudentPass(_core.predict_x0(x_t, v, t), saved)
 
@@ -254,8 +261,8 @@ class LADD:
             logits_real, saved_real = self._heads(real, part.draws.t_hat_real, part, update_u=i == 0)
             logits_fake, saved_fake = self._heads(given.features, part.draws.t_hat_fake, part)
             value, dreal, dfake = self.loss.discriminator(logits_real, logits_fake)
-            saved_real.backward([d * np.float32(part.share) for d in dreal], features=False)
-            saved_fake.backward([d * np.float32(part.share) for d in dfake], features=False)
+            saved_real.backward([_core.scale(d, part.share) for d in dreal], features=False)
+            saved_fake.backward([_core.scale(d, part.share) for d in dfake], features=False)
             metrics = {"loss_d": value, **_logit_metrics(logits_real, logits_fake)}
             if c.misaligned_weight:
                 metrics["loss_misaligned"] = self._misaligned(part)
@@ -271,7 +278,8 @@ class LADD:
     def _misaligned(self, part: Part) -> float:
         """Real pictures with another picture's text are fakes too, unless both have the same text: sharpens what the heads know of it."""
         other = dataclasses.replace(part, context=part.other_context, pooled=part.other_pooled)
-        differs = (part.context != other.context).any(axis=(1, 2)) | (part.pooled != other.pooled).any(axis=1)
+        (y, p), (other_y, other_p) = [map(devices.to_host, (x.context, x.pooled)) for x in (part, other)]
+        differs = (y != other_y).any(axis=(1, 2)) | (p != other_p).any(axis=1)
         features, _ = self._features(self._renoised_real(part), part.draws.t_hat_real, other, keep=False)
         logits, saved = self._heads(features, part.draws.t_hat_real, other)
         weight = self.config.misaligned_weight * part.share / len(logits)
@@ -293,7 +301,7 @@ class LADD:
             t, t_hat = part.draws.t, part.draws.t_hat_fake
             logits, saved_heads = self._heads(fake.features, t_hat, part)
             value, dlogits = self.loss.generator(logits)
-            dfeatures = saved_heads.backward([d * np.float32(part.share) for d in dlogits], params=False)
+            dfeatures = saved_heads.backward([_core.scale(d, part.share) for d in dlogits], params=False)
             dnoised, _, _ = fake.saved.backward(dfeatures, params=False, context=False, pooled=False)
             dx0 = _core.row_scale(dnoised, 1 - t_hat)
             metrics = {"loss_g": value}
@@ -316,10 +324,10 @@ class LADD:
             return {}
         t_hat = part.draws.t_hat_fake
         v, _ = self.teacher._core.forward(fake.noised, t_hat, part.context, part.pooled)
-        difference = x0 - _core.predict_x0(fake.noised, v, t_hat)
-        scaled = _core.row_scale(difference, 1 - t_hat)
-        dx0 += scaled * np.float32(2 * weight * part.share / x0.size)
-        return {"loss_distillation": float(np.mean(scaled * difference, dtype=np.float64))}
+        difference = x0.copy()
+        _core.axpy(difference, _core.predict_x0(fake.noised, v, t_hat), -1.0)
+        _core.axpy(dx0, _core.row_scale(difference, 1 - t_hat), 2 * weight * part.share / x0.size)
+        return {"loss_distillation": devices.sum_squares(_core.row_scale(difference, np.sqrt(1 - t_hat))) / x0.size}
 
     def _pairs(self, part: Part, x0: Array, dx0: Array) -> Metrics:
         """Squared distance to the very picture that the teacher made of this noise.
@@ -330,9 +338,11 @@ class LADD:
         weight = self.config.pair_weight
         if not weight:
             return {}
-        difference = np.where(self._paired(part.draws.t)[:, None, None, None], x0 - part.latents, np.float32(0))
-        dx0 += difference * np.float32(2 * weight * part.share / x0.size)
-        return {"loss_pair": float(np.mean(np.square(difference, dtype=np.float64)))}
+        difference = x0.copy()
+        _core.axpy(difference, part.latents, -1.0)
+        difference = _core.row_scale(difference, self._paired(part.draws.t).astype(np.float32))
+        _core.axpy(dx0, difference, 2 * weight * part.share / x0.size)
+        return {"loss_pair": devices.sum_squares(difference) / x0.size}
 
     # ---- state ----
 
@@ -383,6 +393,7 @@ def _finite(what: str, value: float, iteration: int) -> None:
 
 def _logit_metrics(real: list[Array], fake: list[Array]) -> Metrics:
     """What shows a discriminator too strong or too weak: the gap of the logits, per head too, and the share of saturated hinge terms."""
+    real, fake = [devices.to_host(x) for x in real], [devices.to_host(x) for x in fake]
     r, f = (np.concatenate([x.reshape(-1) for x in logits]) for logits in (real, fake))
     gaps = {f"logit_gap_{i}": float(a.mean() - b.mean()) for i, (a, b) in enumerate(zip(real, fake, strict=True))}
     return {
@@ -440,7 +451,9 @@ def _noise_of(shards: LatentShards, rows: Array, shape: tuple[int, ...]) -> Arra
     return noise((len(rows), *shape), [int(seed) for seed in shards.rows("seed", rows)])
 
 
-def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False) -> Path | None:
+def run(
+    config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False, device: str = "cpu", dtype: str = "float32"
+) -> Path | None:
     """Distils the teacher of a pipeline folder from latent shards; sections [data], [ladd], [discriminator], [run].
 
     Returns the pipeline folder `pipeline` whose student is the averaged one, or None after a dry run, which prints sizes and the memory plan.
@@ -451,7 +464,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     parts = common.sections(config, SECTIONS)
     settings: LADDRun = parts["run"]
     ladd_config: LADDConfig = parts["ladd"]
-    pipe = Pipeline.from_pretrained(parts["data"].teacher, model="teacher")
+    pipe = Pipeline.from_pretrained(parts["data"].teacher, model="teacher", device=device, dtype=dtype)
     teacher = pipe.model
     shards = LatentShards(parts["data"].latents, pipe.text)
     origin = identity(pipe)
@@ -460,7 +473,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
         raise ValueError(f"ladd.pair_weight needs latents sampled from known noise, but {shards.folder} holds encoded drawings")
     shape = shards.latent_shape
     student = teacher.copy()
-    heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), seed=ladd_config.seed)
+    heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), device=device, dtype=dtype, seed=ladd_config.seed)
     trainer = LADD(student, teacher, heads, ladd_config, allow_noise_latents=parts["data"].allow_noise_latents)
     _warn_unused(config, ladd_config, heads.config)
     if dry_run:
@@ -480,7 +493,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
     book.restore(trainer)
     z = shards.batch(np.arange(min(1024, len(shards)))).latents
     common.tqdm_write(f"real latents: {len(shards)} from {shards.folder}, mean {z.mean():.3f}, deviation {z.std():.3f}")
-    common.save_grid(book.out / "samples" / "real.png", pipe.vae.decode(z[:32]), columns=8)
+    common.save_grid(book.out / "samples" / "real.png", devices.to_host(pipe.vae.decode(z[:32])), columns=8)
     preview: Array = np.arange(min(32, len(shards)))
     watch = Watch(len(shards), settings.batch)
     for step in book:
@@ -524,5 +537,5 @@ def _save_preview(
     """One step of the averaged student for the first rows' prompts, from the rows' own noise."""
     batch = shards.batch(rows)
     start = _noise_of(shards, rows, shape)
-    v = trainer.ema_student()(start, 1.0, batch.context, batch.pooled)
-    common.save_grid(book.out / "samples" / f"step-{step:08d}.png", pipe.vae.decode(start - v), columns=8)
+    v = devices.to_host(trainer.ema_student()(start, 1.0, batch.context, batch.pooled))
+    common.save_grid(book.out / "samples" / f"step-{step:08d}.png", devices.to_host(pipe.vae.decode(start - v)), columns=8)

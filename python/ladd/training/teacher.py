@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _purposes, sampling
+from .. import device as devices
 from ..config import AdamWConfig, MMDiTConfig
 from ..data import openmoji
 from ..data.shards import epoch_rows
@@ -111,15 +112,19 @@ class TeacherTrainer:
 
         self.optimizer.zero_grad()
         context, pooled = self.text.encode_ids(ids)
+        # Text and loss are on the host, for they are small beside the transformer's work.
         x_t, noise = _core.renoise(latents, t, r.seed, _purposes.TEACHER_NOISE, step, return_noise=True)
-        v, saved = self.model._core.forward(x_t, t, context, pooled, keep=True)
+        put = self.model._array
+        inputs = put(x_t, "latents", x_t.shape), t, put(context, "context", context.shape), put(pooled, "pooled", pooled.shape)
+        v, saved = self.model._core.forward(*inputs, keep=True)
         assert saved is not None
-        difference = v - (noise - latents)
+        difference = devices.to_host(v) - (noise - latents)
         loss = float(np.square(difference).mean(dtype=np.float64))
         if not math.isfinite(loss):
             raise FloatingPointError(f"the teacher's loss is {loss} at step {step}; nothing was updated")
-        _, dcontext, dpooled = saved.backward(difference * np.float32(2 / difference.size), latents=False)
-        self.text.backward(dcontext, dpooled, ids)
+        dv = put(difference * np.float32(2 / difference.size), "dv", difference.shape)
+        _, dcontext, dpooled = saved.backward(dv, latents=False)
+        self.text.backward(devices.to_host(dcontext), devices.to_host(dpooled), ids)
         norm = self.optimizer.update(rate_scale)
         self.ema.update()
         return {"loss": loss, "grad_norm": norm}
@@ -134,7 +139,7 @@ class TeacherTrainer:
         for i, time in enumerate(VALIDATION_TIMES):
             t = np.full(len(latents), time, np.float32)
             x_t, noise = _core.renoise(latents, t, self.run.seed, _purposes.VALIDATION, i, return_noise=True)
-            v, _ = self.model._core.forward(x_t, t, context, pooled)
+            v = devices.to_host(self.model(x_t, t, context, pooled))
             total += float(np.square(v - (noise - latents)).mean(dtype=np.float64))
         return total / len(VALIDATION_TIMES)
 
@@ -156,7 +161,7 @@ def encode_views(vae: AutoencoderKL, views: openmoji.Views, count: int, batch: i
     parts, texts = [], []
     for i in tqdm(range(-(-count // batch)), desc="encoding views", unit=f"x{batch}", disable=None):
         images, captions = views.batch(i, min(batch, count - i * batch))
-        parts.append(vae.encode(images).astype(np.float16))
+        parts.append(devices.to_host(vae.encode(images)).astype(np.float16))
         texts += captions
     return np.concatenate(parts), texts
 
@@ -208,16 +213,18 @@ def guided_samples(model: MMDiT, text: WordEncoder, prompts: Sequence[str]) -> A
     )
 
 
-def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False) -> Path | None:
+def run(
+    config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False, device: str = "cpu", dtype: str = "float32"
+) -> Path | None:
     """Trains from the sections [data], [model], [text], [optimizer], [run]; returns the pipeline folder, or None after a dry run."""
     parts = common.sections(config, SECTIONS)
     settings: TeacherRun = parts["run"]
-    vae = AutoencoderKL.from_pretrained(parts["data"].autoencoder)
+    vae = AutoencoderKL.from_pretrained(parts["data"].autoencoder, device=device, dtype=dtype)
     text = WordEncoder(
         build_vocabulary(openmoji.captions()), max_words=parts["text"].max_words, context_dim=parts["text"].context_dim,
         pooled_dim=parts["text"].pooled_dim, seed=settings.seed,
     )  # fmt: skip
-    model = MMDiT(parts["model"], seed=settings.seed)
+    model = MMDiT(parts["model"], device=device, dtype=dtype, seed=settings.seed)
     c = model.config
     for what, expected, given in (
         ("model.in_channels", vae.config.latent_channels, c.in_channels),
@@ -247,7 +254,7 @@ def run(config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry
         metrics = trainer.step(latents[rows].astype(np.float32), ids[rows], step, scale)
         if book.due(step, settings.sample_every):
             with trainer.ema.applied():
-                images = vae.decode(guided_samples(model, text, GRID_PROMPTS * 2))
+                images = devices.to_host(vae.decode(guided_samples(model, text, GRID_PROMPTS * 2)))
                 metrics |= {f"loss_{name}": trainer.validation_loss(*judge) for name, judge in judged.items()}
             common.save_grid(book.out / "samples" / f"step-{step:08d}.png", images, columns=len(GRID_PROMPTS))
         book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
