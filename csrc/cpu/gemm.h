@@ -104,7 +104,8 @@ static inline void gemm_store_turned(gemm_vec *to, int next, gemm_vec a, gemm_ve
 #if defined(LADD_BF16_PRODUCTS)
 /* Two vectors of f32 rounded to bf16: low's values in the lower half. */
 static inline __m512 gemm_round(gemm_vec low, gemm_vec high) { return (__m512)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-#else
+#endif
+
 /* Four steps of lanes 0, 4, 8, 12 (n of them there; else another's again), whose steps lie together. */
 static inline gemm_vec gemm_load_quads(const float *p, ptrdiff_t lane, int n) {
 #if defined(__AVX512F__)
@@ -116,7 +117,6 @@ static inline gemm_vec gemm_load_quads(const float *p, ptrdiff_t lane, int n) {
     return (gemm_vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(n > 4 ? p + 4 * lane : p), 1);
 #endif
 }
-#endif
 
 /* A group of n lanes, each with its steps together: turned square by square. */
 static inline __attribute__((always_inline)) void gemm_pack_along(gemm_packed *out, const float *src, ptrdiff_t lane, int n, int per, int k) {
