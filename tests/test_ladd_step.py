@@ -234,6 +234,8 @@ def test_models_that_do_not_fit_are_refused() -> None:
     good = make_trainer()
     with pytest.raises(ValueError, match="teacher"):
         ladd.LADD(good.teacher, good.teacher, good.discriminator)
+    with pytest.raises(TypeError, match=r"discriminator must be a ladd\.Discriminator, got MMDiT"):
+        ladd.LADD(good.student, good.teacher, good.student)  # type: ignore[arg-type]
     wide = ladd.Discriminator(ladd.DiscriminatorConfig(**{**DISC, "feature_dim": 17}))
     with pytest.raises(ValueError, match="feature_dim"):
         ladd.LADD(good.student, good.teacher, wide)

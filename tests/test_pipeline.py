@@ -98,6 +98,8 @@ def test_a_folder_of_one_transformer(folder: Path, tmp_path: Path) -> None:
 
 BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"prompt": []}, ValueError, "at least one, got an empty list"),
+    ({"prompt": 3}, TypeError, "prompt must be a string or a list of strings, got int"),
+    ({"size": 64}, ValueError, r"size must be \(height, width\), multiples of 16 up to 128 pixels, got 64"),
     ({"prompt": ["a", 3]}, TypeError, "a prompt must be a string, got int"),
     ({"steps": 0}, ValueError, r"steps must be an integer in \[1, 100000\], got 0"),
     ({"steps": 2, "sigmas": [1, 0]}, ValueError, "either steps or sigmas"),

@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _ERRORS as error:
         if options.traceback:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        text = " ".join(text.split())
         print(f"ladd: error: {text}", file=sys.stderr)
         return 2
     return 0
@@ -169,7 +172,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from . import demo
 
-    demo.run(options.out, options.minutes)
+    demo.run(_folder(options.out), options.minutes)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -210,6 +213,13 @@ def _sample(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _folder(path: Path) -> Path:
+    """--out, before work begins that a file in its place would waste."""
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"--out must be a folder, got the file {path}")
+    return path
+
+
 def _open_picture(path: Path) -> Any:
     from PIL import Image
 
@@ -232,7 +242,7 @@ def _run(options: argparse.Namespace) -> None:
     if stage not in allowed:
         raise ValueError(f"{options.config}: stage must be {' or '.join(map(repr, allowed))} for `ladd {options.command}`, got {stage!r}")
     module = importlib.import_module(f".training.{STAGES[stage]}", __package__)
-    result = module.run(config, out=options.out, resume=options.resume, dry_run=options.dry_run, **_place(options))
+    result = module.run(config, out=_folder(options.out), resume=options.resume, dry_run=options.dry_run, **_place(options))
     if result is not None:
         print(result)
 

@@ -131,6 +131,8 @@ def from_dict(cls: type[T], table: Mapping[str, Any], where: str | None = None) 
             base = dataclasses.asdict(default) if dataclasses.is_dataclass(default) and not isinstance(default, type) else {}
             check_keys(f"{where}.{key}", value, [f.name for f in dataclasses.fields(kind)])
             value = from_dict(kind, {**base, **value}, f"{where}.{key}")
+        elif kind in _PLAIN and value is not None:  # a null of JSON is for the class to judge
+            _check_plain(f"{where}.{key}", value, kind)
         values[key] = value
     missing = [f.name for f in fields.values() if f.name not in values and _required(f)]
     if missing:
@@ -141,6 +143,50 @@ def from_dict(cls: type[T], table: Mapping[str, Any], where: str | None = None) 
         if where == cls.__name__:
             raise
         raise type(error)(f"{where}: {error}") from None
+
+
+_PLAIN: dict[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("an integer", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a string", (str,)),
+    bool: ("true or false", (bool,)),
+}
+
+
+def _check_plain(name: str, value: object, kind: Any) -> None:
+    """Raises unless a value of a file is of the plain type that its field has. A file's true is no 1."""
+    expected, types_ = _PLAIN[kind]
+    if not isinstance(value, types_) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
+
+
+def check_run(run: Any) -> None:
+    """The checks of what the [run] sections of all trainers have."""
+    for name, low in (
+        ("seed", 0),
+        ("steps", 1),
+        ("batch", 1),
+        ("checkpoint_every", 0),
+        ("sample_every", 0),
+        ("validation_views", 0),
+        ("keep", 1),
+    ):
+        if hasattr(run, name):
+            _int(run, name, low)
+    _float(run, "max_minutes", 0.0)
+    _float(run, "decay_share", 0.0, 1.0)
+
+
+def check_floats(owner: Any, **ranges: tuple[float, float]) -> None:
+    """Numbers of a dataclass, each in [low, high]."""
+    for name, (low, high) in ranges.items():
+        _float(owner, name, low, high)
+
+
+def check_ints(owner: Any, **least: int) -> None:
+    """Integers of a dataclass, each with its least value."""
+    for name, low in least.items():
+        _int(owner, name, low)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

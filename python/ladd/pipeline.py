@@ -182,6 +182,8 @@ class Pipeline:
             raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {num_images_per_prompt!r}")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        if not isinstance(prompt, (str, list, tuple)):
+            raise TypeError(f"prompt must be a string or a list of strings, got {type(prompt).__name__}")
         given = [prompt] if isinstance(prompt, str) else list(prompt)
         if not given:
             raise ValueError("prompt must be a string or a list of at least one, got an empty list")
@@ -261,8 +263,10 @@ class Pipeline:
             return c.sample_size, c.sample_size
         multiple = factor * c.patch_size
         most = c.pos_embed_max_size * multiple
-        if len(size) != 2 or any(
-            isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < multiple or n % multiple or n > most for n in size
+        if (
+            not isinstance(size, (tuple, list))
+            or len(size) != 2
+            or any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < multiple or n % multiple or n > most for n in size)
         ):
             raise ValueError(f"size must be (height, width), multiples of {multiple} up to {most} pixels, got {size!r}")
         return size[0] // factor, size[1] // factor

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _purposes
+from .. import config as configs
 from .. import device as devices
 from ..config import AdamWConfig, AutoencoderKLConfig
 from ..data import openmoji
@@ -45,6 +46,12 @@ class AutoencoderRun:
     keep: int = 2
     image_size: int = openmoji.SIZE
     statistics_views: int = 1024  # views from which scaling_factor and shift_factor are measured
+
+    def __post_init__(self) -> None:
+        configs.check_run(self)
+        weight = (0, 1e6)
+        configs.check_floats(self, l1_weight=weight, gradient_weight=weight, mse_weight=weight, kl_weight=weight)
+        configs.check_ints(self, image_size=1, statistics_views=1)
 
 
 SECTIONS: dict[str, type] = {"model": AutoencoderKLConfig, "optimizer": AdamWConfig, "run": AutoencoderRun}

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _purposes, sampling
+from .. import config as configs
 from .. import device as devices
 from ..data import openmoji
 from ..data.shards import ShardWriter
@@ -44,16 +45,13 @@ class GenerateRun:
     def __post_init__(self) -> None:
         if self.source not in ("teacher", "drawings"):
             raise ValueError(f'run.source must be "teacher" or "drawings", got {self.source!r}')
-        for name in ("count", "batch", "shard", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        configs.check_ints(self, count=1, batch=1, shard=1, seed=0)
+        sampling.sigmas(self.steps, schedule=self.schedule, shift=self.shift)
         scales = self.guidance_scale if isinstance(self.guidance_scale, (list, tuple)) else (self.guidance_scale,)
         if not scales or any(isinstance(g, bool) or not isinstance(g, (int, float)) or not 1 <= g < 1e6 for g in scales):
             raise ValueError(f"run.guidance_scale must be a number of at least 1 (off) or a list of them, got {self.guidance_scale!r}")
         if self.shard % self.batch:
             raise ValueError(f"run.shard must be a multiple of run.batch = {self.batch}, got {self.shard}")
-        if not 0 <= self.seed < 1 << 31:
-            raise ValueError(f"run.seed must be in [0, 2**31), got {self.seed}")
 
     def scales(self, rows: range) -> Array:
         """The guidance scale of each of these latents; it depends on (seed, latent) only."""

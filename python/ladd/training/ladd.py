@@ -23,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _purposes, losses
+from .. import config as configs
 from .. import device as devices
 from ..config import DiscriminatorConfig, LADDConfig, to_dict
 from ..data.shards import LatentShards, epoch_rows, looks_like_noise
 from ..models import Discriminator, MMDiT
+from ..sampling import METHODS
 from . import common
 from .watch import Watch
 
@@ -107,6 +109,9 @@ class LADD:
         self.passes = 0  # draws of times and noise
 
     def _check_models(self) -> None:
+        for name, kind in (("student", MMDiT), ("teacher", MMDiT), ("discriminator", Discriminator)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a ladd.{kind.__name__}, got {type(getattr(self, name)).__name__}")
         s, t, d = self.student.config, self.teacher.config, self.discriminator.config
         if self.student is self.teacher or self.student._core is self.teacher._core:
             raise ValueError("student and teacher must be two models (student = teacher.copy()): the teacher must not change")
@@ -421,6 +426,12 @@ class LADDRun:
     keep: int = 2
     sampling_steps: int = 4  # the student's own number of steps
     sampling_method: str = "renoise"
+
+    def __post_init__(self) -> None:
+        configs.check_run(self)
+        configs.check_ints(self, sampling_steps=1)
+        if self.sampling_method not in METHODS:
+            raise ValueError(f"run.sampling_method must be one of {', '.join(METHODS)}, got {self.sampling_method!r}")
 
 
 @dataclass(frozen=True)

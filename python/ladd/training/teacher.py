@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _purposes, sampling
+from .. import config as configs
 from .. import device as devices
 from ..config import AdamWConfig, MMDiTConfig
 from ..data import openmoji
@@ -44,8 +45,7 @@ class TeacherData:
     views: int = 24576
 
     def __post_init__(self) -> None:
-        if self.views < 1:
-            raise ValueError(f"data.views must be at least 1, got {self.views}")
+        configs.check_ints(self, views=1)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class TeacherRun:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if self.validation_views < 0:
-            raise ValueError(f"run.validation_views must be at least 0, got {self.validation_views}")
+        configs.check_run(self)
+        configs.check_floats(self, ema_decay=(0, 1), text_dropout=(0, 1), time_mean=(-20, 20), time_std=(0, 20), guidance_scale=(1, 1e6))
 
 
 SECTIONS: dict[str, type] = {
