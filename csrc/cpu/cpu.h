@@ -35,24 +35,6 @@ void *ladd_scratch(int slot, size_t bytes);
 /* C[M,N] = alpha op(A) op(B) + beta C on the calling thread (OpenBLAS). ta/tb: 1 = transposed. Leading dimensions in elements, row-major. */
 void ladd_sgemm(int ta, int tb, int M, int N, int K, float alpha, const float *A, ptrdiff_t lda, const float *B, ptrdiff_t ldb, float beta, float *C,
                 ptrdiff_t ldc);
-/* The same over the pool, cut by shape only. */
-void ladd_sgemm_parallel(int ta, int tb, int M, int N, int K, float alpha, const float *A, ptrdiff_t lda, const float *B, ptrdiff_t ldb, float beta,
-                         float *C, ptrdiff_t ldc);
-
-/* How a product C[M,N] is cut into tiles of tm x tn, by shape only: for kernels that finish a tile (bias, activation) while it is in cache. */
-typedef struct ladd_cut {
-    int tm, tn, n_m, n_n; /* tile sizes; number of tiles down and across */
-} ladd_cut;
-ladd_cut ladd_gemm_cut(int M, int N, int K);
-
-/* Tile i of a cut: its first row and column and its size. */
-static inline void ladd_cut_tile(const ladd_cut *cut, int64_t i, int M, int N, int *m0, int *n0, int *m, int *n) {
-    *m0 = (int)(i / cut->n_n) * cut->tm;
-    *n0 = (int)(i % cut->n_n) * cut->tn;
-    *m = M - *m0 < cut->tm ? M - *m0 : cut->tm;
-    *n = N - *n0 < cut->tn ? N - *n0 : cut->tn;
-}
-
 /* ladd_parallel where the work (elements read and written) pays for waking the pool, else the same tasks on this thread. */
 static inline void ladd_parallel_work(int64_t n, int64_t work, void (*task)(void *argument, int64_t i), void *argument) {
     if (work >= 32768)

@@ -348,7 +348,6 @@ enum { GEMM_TASK_SLOT = 2, GEMM_SHARED_SLOT = 3, GEMM_SHARED_RUN = 4 * GEMM_NR, 
 
 static inline int64_t gemm_tasks(const gemm_product *p) { return (int64_t)p->n_m * p->n_n; }
 
-#if defined(__AVX2__)
 static inline int gemm_between(int x, int low, int high) { return x > high ? (high > low ? high : low) : x < low ? low : x; }
 
 /* Cuts the product, by its shape only, into tasks of up to a third of a millisecond, but at least eight, so that two threads end together. Small
@@ -376,6 +375,12 @@ static void gemm_plan(gemm_product *p) {
 static void gemm_task(gemm_product *p, int64_t i) {
     const int m0 = (int)(i / p->n_n) * p->tm, n0 = (int)(i % p->n_n) * p->tn;
     const int m = p->M - m0 < p->tm ? p->M - m0 : p->tm, n = p->N - n0 < p->tn ? p->N - n0 : p->tn, block = gemm_k_block(p->K);
+#if !defined(__AVX2__)
+    if (p->a_step != 1) { /* a weight's gradient, which sums over all samples: OpenBLAS is faster here, but a row's bits depend on its place there */
+        ladd_sgemm(1, 0, m, n, p->K, 1.0f, p->a + m0, p->a_step, p->b + n0, p->b_step, p->add ? 1.0f : 0.0f, p->c + m0 * p->c_row + n0, p->c_row);
+        return;
+    }
+#endif
     /* Panels of B packed at a time: one where its columns lie along k, else some, which are read together, row by row. */
     const int run = p->b_step == 1 ? GEMM_NR : 4 * GEMM_NR;
     const size_t a_size = (gemm_a_size(m, block) + 31) / 32 * 32;
@@ -428,53 +433,5 @@ static void gemm_share(gemm_product *p, gemm_product *q) { /* q: a second produc
         ladd_parallel_work((both[i]->N + GEMM_SHARED_RUN - 1) / GEMM_SHARED_RUN * blocks, (int64_t)both[i]->N * both[i]->K, gemm_share_task, both[i]);
     }
 }
-#else
-/* Without AVX2, OpenBLAS is faster than what the compiler makes of the kernel above. Its sums may depend on the size of a product and on the place of
- * a row in it: so tiles always have the same number of rows, the last one's filled up in scratch, and columns are cut at the same places. */
-enum { GEMM_BLAS_ROWS = 96, GEMM_BLAS_COLUMNS = 256 };
-
-static void gemm_plan(gemm_product *p) {
-    p->tm = GEMM_BLAS_ROWS;
-    p->tn = GEMM_BLAS_COLUMNS;
-    p->n_m = (p->M + p->tm - 1) / p->tm;
-    p->n_n = (p->N + p->tn - 1) / p->tn;
-    atomic_init(&p->failed, 0);
-}
-
-static void gemm_share(gemm_product *p, gemm_product *q) {
-    (void)p;
-    (void)q;
-}
-
-static void gemm_task(gemm_product *p, int64_t i) {
-    const int m0 = (int)(i / p->n_n) * p->tm, n0 = (int)(i % p->n_n) * p->tn;
-    const int m = p->M - m0 < p->tm ? p->M - m0 : p->tm, n = p->N - n0 < p->tn ? p->N - n0 : p->tn;
-    const int ta = p->a_step != 1, tb = p->b_step == 1;
-    const float *a = p->a + m0 * p->a_row;
-    float *c = p->c + m0 * p->c_row + n0, *to = c;
-    ptrdiff_t lda = ta ? p->a_step : p->a_row, to_row = p->c_row;
-    if (m < p->tm && !ta) { /* rows are samples' tokens; with ta they are a layer's outputs, the same in any batch */
-        float *filled = ladd_scratch(GEMM_TASK_SLOT, (size_t)p->tm * (p->K + p->tn) * sizeof(float));
-        if (!filled) {
-            atomic_store(&p->failed, 1);
-            return;
-        }
-        for (int r = 0; r < m; r++) memcpy(filled + (size_t)r * p->K, a + r * p->a_row, (size_t)p->K * sizeof(float));
-        memset(filled + (size_t)m * p->K, 0, (size_t)(p->tm - m) * p->K * sizeof(float));
-        a = filled;
-        lda = p->K;
-        to = filled + (size_t)p->tm * p->K;
-        to_row = p->tn;
-    }
-    ladd_sgemm(ta, tb, to == c ? m : p->tm, n, p->K, 1.0f, a, lda, p->b + n0 * p->b_column, tb ? p->b_column : p->b_step,
-               p->add && to == c ? 1.0f : 0.0f, to, to_row);
-    for (int r = 0; r < m; r++, c += p->c_row, to += to_row)
-        for (int j = 0; j < n; j++) {
-            float sum = to[j] + (p->bias ? p->bias[n0 + j] : 0.0f);
-            c[j] = p->add && to != c ? c[j] + sum : sum;
-            if (p->gelu) p->gelu[(m0 + r) * p->c_row + n0 + j] = ladd_gelu(c[j]);
-        }
-}
-#endif
 
 #endif
