@@ -9,6 +9,10 @@
 #define LADD_BACKEND_H
 #include "ladd.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* One token stream of a joint attention. Token i of sample b, head j starts at pointer + b*batch + i*row + j*dh. */
 typedef struct ladd_stream {
     const ladd_act *q, *k, *v;
@@ -153,4 +157,7 @@ const ladd_backend *ladd_cpu_backend(void);
 /* LADD_K(ctx, name, arguments...) calls a kernel and returns from the caller if it fails. */
 #define LADD_K(ctx, name, ...) LADD_TRY((ctx)->backend->name((ctx), __VA_ARGS__))
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -4,6 +4,10 @@
 #define LADD_DEVICE_H
 #include "backend.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 enum { LADD_DEVICE_API = 1 }; /* raised when this struct or the table of kernels changes: both sides must agree */
 
 typedef struct ladd_device_info {
@@ -41,4 +45,8 @@ typedef struct ladd_device_api {
 } ladd_device_api;
 
 #define LADD_DEVICE_CAPSULE "ladd.device_api"
+
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -13,6 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef enum {
     LADD_OK = 0,
     LADD_ERR_VALUE,       /* a size, setting or number that cannot be: ValueError */
@@ -225,4 +229,7 @@ ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatur
 ladd_status ladd_disc_r1(const ladd_context *ctx, double *penalty, ladd_disc_saved *saved, float weight, float epsilon);
 void ladd_disc_saved_free(const ladd_context *ctx, ladd_disc_saved *saved);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

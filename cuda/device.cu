@@ -89,6 +89,13 @@ struct ladd_cuda_pool {
     int n = 0, room = 0;
 };
 
+#ifdef LADD_EMULATOR_H
+/* For the tests: blocks end where their data does and are never used again, so that an access beyond or behind is found. */
+constexpr bool KEEP_BLOCKS = false;
+#else
+constexpr bool KEEP_BLOCKS = true;
+#endif
+
 static void give_back_free_blocks(ladd_cuda_state *state) {
     ladd_cuda_pool *pool = state->pool;
     int left = 0;
@@ -113,7 +120,7 @@ static pool_block *find_free(ladd_cuda_state *state, size_t bytes) {
 extern "C" ladd_status ladd_cuda_alloc(LADD_CTX, void **block, size_t bytes) {
     ladd_cuda_state *state = ladd_cuda(ctx);
     ladd_cuda_pool *pool = state->pool;
-    const size_t unit = bytes > (1u << 20) ? (size_t)2 << 20 : 512, size = bytes ? (bytes + unit - 1) / unit * unit : unit;
+    const size_t unit = !KEEP_BLOCKS ? 1 : (bytes > (1u << 20) ? (size_t)2 << 20 : 512), size = bytes ? (bytes + unit - 1) / unit * unit : unit;
     *block = nullptr;
     std::lock_guard<std::mutex> guard(pool->lock);
     pool_block *kept = size >= bytes ? find_free(state, size) : nullptr;
@@ -153,6 +160,7 @@ extern "C" void ladd_cuda_release(LADD_CTX, void *block) {
     std::lock_guard<std::mutex> guard(pool->lock);
     for (int i = 0; i < pool->n; i++)
         if (pool->blocks[i].pointer == block) pool->blocks[i].busy = false;
+    if (!KEEP_BLOCKS) give_back_free_blocks(ladd_cuda(ctx));
 }
 
 /* The driver copies pageable memory through pinned buffers of its own and returns once the source was read, which is what upload promises; small

@@ -1,20 +1,22 @@
-"""The kernels of cuda/ behind the functions of ladd._core, so that the case table of kernel_rows.py runs on them: NumPy float32 in and out, the compute
-type float32, bfloat16 or float16 in between.
+"""The kernels of a device behind the functions of ladd._core, so that the case table of kernel_rows.py runs on them: NumPy float32
+in and out, the compute type float32, bfloat16 or float16 in between.
 
-Every array gets a buffer of its own of exactly its size, filled with NaN where it is an output. `shift` moves every buffer by that many elements
-off its alignment, as a tensor in the middle of a flat buffer is.
+Every array gets a buffer of its own of exactly its size, filled with NaN where it is an output. `shift` moves every buffer by
+that many elements off its alignment, as a tensor in the middle of a flat buffer is.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cuda_emulator
 import numpy as np
 
 Array = np.ndarray
@@ -99,38 +101,89 @@ def signatures() -> dict[str, list[Any]]:
     return found
 
 
-class Emulated:
-    """The emulator's library: its memory, and the kernels by name."""
+REPORT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p)
+LOCATE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.ladd_last_error.restype = ctypes.c_char_p
-        self.state = ctypes.create_string_buffer(4096)
-        struct.pack_into("iiiN", self.state, 0, 0, 90, 132, 227 << 10)  # index, compute capability, processors, shared memory of a block
 
-    def last_error(self) -> str:
-        return self.library.ladd_last_error().decode()
+class Api(ctypes.Structure):
+    """The head of struct ladd_device_api in csrc/device.h."""
 
-    def kernel(self, name: str) -> Any:
-        return getattr(self.library, "ladd_cuda_" + name, None)
+    _fields_ = (
+        ("version", ctypes.c_int),
+        ("kernels", ctypes.c_size_t),
+        ("connect", ctypes.CFUNCTYPE(None, REPORT, LOCATE)),
+        ("count", ctypes.c_void_p),
+        ("open", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int)),
+        ("close", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+        ("enter", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)),
+        ("backend", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int)),
+    )
+
+
+class Device:
+    """A device's memory and its kernels, by the table that it offers to the core."""
+
+    def __init__(self, api: int) -> None:
+        self.api, self.message, self.state = Api.from_address(api), "", ctypes.c_void_p()
+        self.callbacks = REPORT(self._report), LOCATE(lambda *_: 1)  # kept: the device keeps their addresses
+        self.api.connect(*self.callbacks)
+        self._reopen()
+        self.names = ["name", *signatures(), "alloc", "release", "upload", "download", "to_act", "to_float"]
+        assert self.api.kernels == ctypes.sizeof(ctypes.c_void_p) * len(self.names)
+
+    def _report(self, code: int, sentence: bytes) -> int:
+        self.message = sentence.decode()
+        return code
+
+    def _reopen(self) -> None:
+        if self.api.open(ctypes.byref(self.state), 0) != 0:
+            raise RuntimeError(self.message)
+
+    def context(self, dtype: str) -> Context:
+        act = DTYPES.index(dtype)
+        return Context(self.api.backend(act), self.state, act, 4 if dtype == "float32" else 2, None, None)
+
+    def call(self, context: Context, name: str, types: Sequence[Any], arguments: Sequence[Any]) -> None:
+        table = ctypes.cast(context.backend, ctypes.POINTER(ctypes.c_void_p))
+        address = table[self.names.index(name)]
+        assert address is not None
+        if ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *types)(address)(ctypes.byref(context), *arguments) != 0:
+            message = self.message
+            if self.api.enter(self.state) != 0:  # broken by this: the next test gets a fresh one
+                self._reopen()
+            raise RuntimeError(message)
+
+    def _memory(self, name: str, *arguments: Any) -> None:
+        self.call(self.context("float32"), name, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t][: len(arguments)], arguments)
 
     def alloc(self, size: int) -> int:
-        block = ctypes.c_void_p()
-        assert self.library.ladd_emulator_alloc(ctypes.byref(block), ctypes.c_size_t(size)) == 0
+        block, types = ctypes.c_void_p(), (ctypes.c_void_p, ctypes.c_size_t)
+        self.call(self.context("float32"), "alloc", types, (ctypes.byref(block), size))
         assert block.value is not None
         return block.value
 
     def release(self, block: int) -> None:
-        assert self.library.ladd_emulator_release(ctypes.c_void_p(block)) == 0
+        table = ctypes.cast(self.context("float32").backend, ctypes.POINTER(ctypes.c_void_p))
+        free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(table[self.names.index("release")] or 0)
+        free(ctypes.byref(self.context("float32")), block)
 
     def upload(self, block: int, x: Array) -> None:
-        assert self.library.ladd_emulator_copy(ctypes.c_void_p(block), x.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(x.nbytes)) == 0
+        self._memory("upload", block, host(x), x.nbytes)
 
     def download(self, x: Array, block: int) -> None:
-        assert self.library.ladd_emulator_copy(x.ctypes.data_as(ctypes.c_void_p), ctypes.c_void_p(block), ctypes.c_size_t(x.nbytes)) == 0
+        self._memory("download", host(x), block, x.nbytes)
 
-    def set_orders(self, n: int) -> None:
-        self.library.ladd_emulator_set_orders(n)
+
+@cache
+def device() -> Device:
+    """The GPU where ladd was built for one and finds it, else the emulator's."""
+    try:
+        provider = importlib.import_module("ladd._cuda").provider
+        get = ctypes.pythonapi.PyCapsule_GetPointer
+        get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        return Device(get(provider, b"ladd.device_api"))
+    except (ImportError, RuntimeError):
+        return Device(cuda_emulator.api("kernels"))
 
 
 class Buffer:
@@ -190,12 +243,7 @@ class Call:
         return out
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        function = self.core.device.kernel(name)
-        if function is None:
-            raise NotImplementedError(f"cuda/ has no {name} yet")
-        function.argtypes = [ctypes.c_void_p, *self.core.signatures[name]]
-        if function(ctypes.byref(self.core.context), *arguments) != 0:
-            raise RuntimeError(self.core.device.last_error())
+        self.core.device.call(self.core.context, name, self.core.signatures[name], arguments)
 
 
 def host(x: Array) -> Any:
@@ -205,11 +253,13 @@ def host(x: Array) -> Any:
 class Core:
     """The kernel functions of ladd._core on a device; see _core.pyi for what each takes and gives."""
 
-    def __init__(self, device: Emulated, dtype: str = "float32", shift: int = 0) -> None:
+    def __init__(self, device: Device, dtype: str = "float32", shift: int = 0) -> None:
         self.device, self.dtype, self.shift = device, dtype, shift
         self.signatures = signatures()
-        size = 4 if dtype == "float32" else 2
-        self.context = Context(None, ctypes.addressof(device.state), DTYPES.index(dtype), size, None, None)
+
+    @property
+    def context(self) -> Context:
+        return self.device.context(self.dtype)
 
     @contextmanager
     def call(self) -> Iterator[Call]:

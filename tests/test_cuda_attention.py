@@ -4,26 +4,15 @@ tiles, streams of no tokens, head sizes of the tensor cores' kernels and of the 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from functools import cache
 
-import cuda_core
 import numpy as np
 import pytest
-from cuda_core import Core, Stream, StreamGrad, rounded
-from cuda_emulator import build
+from cuda_core import Core, Stream, StreamGrad, device, rounded
 from support import normal
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 
 GUARD = 8  # elements behind each row's q, k and v that no kernel may touch
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}
-
-
-@cache
-def device() -> cuda_core.Emulated:
-    return cuda_core.Emulated(build.build())
 
 
 def attend(dtype: str, heads: int, dh: int, inputs: Sequence[np.ndarray], douts: Sequence[np.ndarray], scale: float) -> dict[str, np.ndarray]:

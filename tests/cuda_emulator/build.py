@@ -1,4 +1,4 @@
-"""Compiles cuda/*.cu against the emulator into one library under build/.
+"""Compiles cuda/*.cu against the emulator into the extension _cuda under build/.
 
 Objects are made anew when a file that they include changes. `python tests/cuda_emulator/build.py` prints the library's path.
 """
@@ -72,15 +72,9 @@ def link(name: str, sources: list[Path]) -> Path:
 
 
 def build() -> Path:
-    """The library of all kernels, made if it is not there or not new."""
-    kernels = [path for path in sorted((ROOT / "cuda").glob("*.cu")) if path.stem not in ("device", "libraries")]  # device.cpp stands for them
-    return link("emulated.so", [*kernels, *sorted(HERE.glob("*.cpp")), ROOT / "csrc" / "core.c"])
-
-
-def build_extension() -> Path:
-    """The extension ladd._cuda as it is, with the emulator in the place of CUDA's run time."""
-    emulator = [path for path in sorted(HERE.glob("*.cpp")) if path.stem != "device"]
-    return link("_cuda.so", [*sorted((ROOT / "cuda").glob("*.cu")), *emulator, ROOT / "csrc" / "python" / "cuda" / "module.c"])
+    """The extension ladd._cuda as it is, with the emulator in the place of CUDA's run time; made if it is not there or not new."""
+    sources = [*sorted((ROOT / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp")), ROOT / "csrc" / "python" / "cuda" / "module.c"]
+    return link("_cuda.so", sources)
 
 
 if __name__ == "__main__":

@@ -128,33 +128,19 @@ static inline std::common_type_t<A, B> max(A a, B b) {
     return a < b ? (std::common_type_t<A, B>)b : (std::common_type_t<A, B>)a;
 }
 
-/* ---- run time: emulator_runtime.cpp ---------------------------------------------------------------------------------- */
+/* ---- run time: memory.cpp -------------------------------------------------------------------------------------------- */
 
+#define LADD_EMULATOR_ERRORS(E) \
+    E(InvalidValue, 1) E(MemoryAllocation, 2) E(InvalidConfiguration, 9) E(InsufficientDriver, 35) E(InvalidDeviceFunction, 98) \
+    E(NoDevice, 100) E(InvalidDevice, 101) E(NoKernelImageForDevice, 209) E(ECCUncorrectable, 214) E(UnsupportedPtxVersion, 222) \
+    E(NotReady, 600) E(IllegalAddress, 700) E(LaunchTimeout, 702) E(ContextIsDestroyed, 709) E(Assert, 710) E(HardwareStackError, 714) \
+    E(IllegalInstruction, 715) E(MisalignedAddress, 716) E(InvalidAddressSpace, 717) E(InvalidPc, 718) E(LaunchFailure, 719) \
+    E(SystemDriverMismatch, 803) E(StreamCaptureUnsupported, 900)
 enum cudaError_t : int {
     cudaSuccess = 0,
-    cudaErrorInvalidValue = 1,
-    cudaErrorMemoryAllocation = 2,
-    cudaErrorInvalidConfiguration = 9,
-    cudaErrorInsufficientDriver = 35,
-    cudaErrorInvalidDeviceFunction = 98,
-    cudaErrorNoDevice = 100,
-    cudaErrorInvalidDevice = 101,
-    cudaErrorNoKernelImageForDevice = 209,
-    cudaErrorECCUncorrectable = 214,
-    cudaErrorUnsupportedPtxVersion = 222,
-    cudaErrorNotReady = 600,
-    cudaErrorIllegalAddress = 700,
-    cudaErrorLaunchTimeout = 702,
-    cudaErrorContextIsDestroyed = 709,
-    cudaErrorAssert = 710,
-    cudaErrorHardwareStackError = 714,
-    cudaErrorIllegalInstruction = 715,
-    cudaErrorMisalignedAddress = 716,
-    cudaErrorInvalidAddressSpace = 717,
-    cudaErrorInvalidPc = 718,
-    cudaErrorLaunchFailure = 719,
-    cudaErrorNotSupported = 801,
-    cudaErrorSystemDriverMismatch = 803,
+#define LADD_EMULATOR_ERROR(name, number) cudaError##name = number,
+    LADD_EMULATOR_ERRORS(LADD_EMULATOR_ERROR)
+#undef LADD_EMULATOR_ERROR
 };
 const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error); /* for a failed launch: what the emulator found */
@@ -192,27 +178,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventQuery(cudaEvent_t event);
-/* Graphs: a recording here runs at once and replays nothing, so it is refused. */
-typedef struct ladd_emulator_graph *cudaGraph_t;
-typedef struct ladd_emulator_graph *cudaGraphExec_t;
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
-static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return cudaErrorNotSupported; }
-static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *) { return cudaErrorNotSupported; }
-static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *, cudaGraph_t, unsigned long long) { return cudaErrorNotSupported; }
-static inline cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaErrorNotSupported; }
-static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaErrorNotSupported; }
-static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaGetDeviceCount(int *count);
-enum cudaDeviceAttr {
-    cudaDevAttrMultiProcessorCount = 16,
-    cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 struct cudaDeviceProp {
     char name[256];
 };
@@ -227,6 +196,24 @@ struct cudaPointerAttributes {
     int device;
 };
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *pointer);
+
+/* A graph keeps launches, copies and fills as they were queued, and runs them when it is launched. */
+typedef struct ladd_emulator_graph *cudaGraph_t, *cudaGraphExec_t;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t ready);
+
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaRuntimeGetVersion(int *version);
 

@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <tuple>
 #include <type_traits>
 
@@ -62,6 +63,9 @@ cudaError_t run(const char *name, const void *kernel, dim3 grid, dim3 block, siz
 cudaError_t bad_argument(const char *name, int index);
 cudaError_t allow_shared(const void *kernel, int bytes);
 
+/* While a stream is captured, work is kept for the graph and not done; false: it is to be done now. */
+bool captured(std::function<cudaError_t()> work);
+
 /* While one lives, host code may touch device memory: copies, and library calls that the tests replace by the CPU's. */
 struct HostAccess {
     HostAccess();
@@ -81,8 +85,11 @@ cudaError_t launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block
     int bad = 0, at = 0;
     std::apply([&](const P &...value) { ((at++, bad = !bad && !good_argument(value) ? at : bad), ...); }, values);
     if (bad) return bad_argument(name, bad);
-    auto body = [&] { std::apply(kernel, values); };
-    return run(name, (const void *)kernel, grid, block, shared_bytes, [](void *call) { (*static_cast<decltype(body) *>(call))(); }, &body);
+    auto work = [=] {
+        auto body = [&] { std::apply(kernel, values); };
+        return run(name, (const void *)kernel, grid, block, shared_bytes, [](void *call) { (*static_cast<decltype(body) *>(call))(); }, &body);
+    };
+    return captured(work) ? cudaError_t() : work();
 }
 
 template <typename V>

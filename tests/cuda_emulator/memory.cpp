@@ -25,8 +25,8 @@ size_t range_used;
 std::vector<Buffer> buffers;
 size_t bytes_used, bytes_most = getenv("LADD_EMULATOR_MEMORY") ? strtoull(getenv("LADD_EMULATOR_MEMORY"), nullptr, 10) : (size_t)8 << 30;
 int host_access;
-cudaError_t last_error;
-std::string last_text;
+cudaError_t last_error, text_error;
+std::string last_text; /* more words about text_error */
 
 void protect(int rights) {
     for (const Buffer &b : buffers) mprotect(b.mapping, b.mapped, rights);
@@ -45,7 +45,7 @@ std::string name_of(const Buffer &b) {
 } // namespace
 
 cudaError_t set_error(cudaError_t error, const std::string &text) {
-    last_error = error;
+    last_error = text_error = error;
     last_text = text;
     return error;
 }
@@ -191,7 +191,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind 
 static cudaError_t pretended_copy_error();
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
     if (kind == cudaMemcpyDeviceToHost && pretended_copy_error() != cudaSuccess) return set_error(pretended_copy_error(), "");
-    return cudaMemcpy(to, from, bytes, kind);
+    return captured([=] { return cudaMemcpy(to, from, bytes, kind); }) ? cudaSuccess : cudaMemcpy(to, from, bytes, kind);
 }
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {
     HostAccess access;
@@ -200,12 +200,51 @@ cudaError_t cudaMemset(void *to, int value, size_t bytes) {
     memset(to, value, bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+    return captured([=] { return cudaMemset(to, value, bytes); }) ? cudaSuccess : cudaMemset(to, value, bytes);
+}
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *free = bytes_most - bytes_used;
     *total = bytes_most;
     return cudaSuccess;
 }
+
+struct ladd_emulator_graph {
+    std::vector<std::function<cudaError_t()>> work;
+};
+static ladd_emulator_graph *capturing;
+
+bool ladd_emulator::captured(std::function<cudaError_t()> work) {
+    if (!capturing) return false;
+    capturing->work.push_back(std::move(work));
+    return true;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    if (capturing) return set_error(cudaErrorStreamCaptureUnsupported, "");
+    capturing = new ladd_emulator_graph;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+    if (!capturing) return set_error(cudaErrorStreamCaptureUnsupported, "");
+    *graph = capturing;
+    capturing = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long) {
+    *ready = new ladd_emulator_graph(*graph);
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t) {
+    for (const auto &work : ready->work)
+        if (const cudaError_t error = work(); error != cudaSuccess) return error;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t ready) { return cudaGraphDestroy(ready); }
 
 struct ladd_emulator_stream {};
 struct ladd_emulator_event {};
@@ -217,7 +256,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     delete stream;
     return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return capturing ? set_error(cudaErrorStreamCaptureUnsupported, "") : cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
     *event = new ladd_emulator_event;
@@ -285,29 +324,18 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
 
 const char *cudaGetErrorName(cudaError_t error) {
     switch (error) {
-        case cudaSuccess: return "cudaSuccess";
-        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
-        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-        case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
-        case cudaErrorNoDevice: return "cudaErrorNoDevice";
-        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-        case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
-        case cudaErrorNotReady: return "cudaErrorNotReady";
-        case cudaErrorIllegalAddress: return "cudaErrorIllegalAddress";
-        case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
-        default: return "cudaErrorUnknown";
+        case cudaSuccess:
+            return "cudaSuccess";
+#define LADD_EMULATOR_ERROR(name, number) \
+    case cudaError##name:                 \
+        return "cudaError" #name;
+            LADD_EMULATOR_ERRORS(LADD_EMULATOR_ERROR)
     }
 }
-const char *cudaGetErrorString(cudaError_t error) { return error == last_error && !last_text.empty() ? last_text.c_str() : cudaGetErrorName(error); }
+const char *cudaGetErrorString(cudaError_t error) { return error == text_error && !last_text.empty() ? last_text.c_str() : cudaGetErrorName(error); }
 cudaError_t cudaGetLastError() {
     const cudaError_t error = last_error;
     last_error = cudaSuccess;
     return error;
 }
 cudaError_t cudaPeekAtLastError() { return last_error; }
-
-/* For the tests: device memory by plain names. Nonzero: failed. */
-extern "C" int ladd_emulator_alloc(void **block, size_t bytes) { return cudaMalloc(block, bytes); }
-extern "C" int ladd_emulator_release(void *block) { return cudaFree(block); }
-extern "C" int ladd_emulator_copy(void *to, const void *from, size_t bytes) { return cudaMemcpy(to, from, bytes, cudaMemcpyDefault); }
