@@ -4,12 +4,15 @@ tiles, streams of no tokens, head sizes of the tensor cores' kernels and of the 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from cuda_core import Core, Stream, StreamGrad, device, rounded
 from support import normal
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 
 GUARD = 8  # elements behind each row's q, k and v that no kernel may touch
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}

@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from functools import cache
 
 import cuda_core
 import numpy as np
 import pytest
-from cuda_core import Core, rounded
-from cuda_emulator import build
+from cuda_core import Core, device, rounded
 from support import assert_close, normal, same_bits
 
 from ladd import _core
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
-
-
-@cache
-def device() -> cuda_core.Emulated:
-    return cuda_core.Emulated(build.build())
 
 
 @pytest.mark.parametrize("shape", [(3, 4099), (2, 4, 32, 32), (1, 1)])

@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from functools import cache
 from typing import Any
 
 import cuda_core
 import numpy as np
 import pytest
-from cuda_core import Conv, Core, rounded
-from cuda_emulator import build
+from cuda_core import Conv, Core, device, rounded
 from oracle import autodiff as ad
 from support import assert_close, leaves, normal, same_bits
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
 
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1.2 * 2.0**-8, "float16": 1.2 * 2.0**-11}
-
-
-@cache
-def device() -> cuda_core.Emulated:
-    return cuda_core.Emulated(build.build())
 
 
 def sizes(x: np.ndarray, w: np.ndarray, stride: int, pad: tuple[int, int, int, int], upsample: int = 0) -> Conv:

@@ -97,13 +97,17 @@ std::string Snapshot::difference() const {
 }
 
 std::string damaged() {
+    std::string found;
+    auto look = [&](const Buffer &b, char *p, ptrdiff_t distance, const char *where) {
+        if (*p == (char)MARK) return;
+        if (found.empty()) found = name_of(b) + ", " + std::to_string(distance) + where;
+        *p = (char)MARK; /* told once, not again by the next launch */
+    };
     for (const Buffer &b : buffers) {
-        for (char *p = b.mapping; p < b.data; p++)
-            if (*p != (char)MARK) return name_of(b) + ", " + std::to_string(b.data - p) + " bytes before it";
-        for (char *p = b.data + b.bytes; p < b.mapping + b.mapped; p++)
-            if (*p != (char)MARK) return name_of(b) + ", " + std::to_string(p - b.data - (ptrdiff_t)b.bytes) + " bytes after its end";
+        for (char *p = b.mapping; p < b.data; p++) look(b, p, b.data - p, " bytes before it");
+        for (char *p = b.data + b.bytes; p < b.mapping + b.mapped; p++) look(b, p, p - b.data - (ptrdiff_t)b.bytes, " bytes after its end");
     }
-    return "";
+    return found;
 }
 
 std::string describe(const char *at) {
