@@ -71,11 +71,11 @@ def link(name: str, sources: list[Path]) -> Path:
     return library
 
 
-def build() -> Path:
+def build_extension() -> Path:
     """The extension ladd._cuda as it is, with the emulator in the place of CUDA's run time; made if it is not there or not new."""
     sources = [*sorted((ROOT / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp")), ROOT / "csrc" / "python" / "cuda" / "module.c"]
     return link("_cuda.so", sources)
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build_extension())
