@@ -1,4 +1,4 @@
-/* The table's two attention kernels: which family of kernels serves a call. */
+/* The table's two attention kernels: which kernels, or cuDNN, serve a call. */
 #include "attention.cuh"
 
 namespace {
@@ -85,7 +85,11 @@ ladd_status forward(const ladd_context *ctx, const ladd_stream *streams, int n_s
     LADD_TRY(attention_arguments(&a, NULL, streams, n_streams, lse, B, heads, dh, scale));
     if (B <= 0 || heads <= 0 || dh <= 0 || a.S <= 0) return LADD_OK;
     if constexpr (sizeof(T) == 2)
-        if (attention_fits_mma(a)) return attention_forward_mma(ctx, a);
+        if (attention_fits_mma(a)) {
+            bool done;
+            LADD_TRY(attention_by_cudnn(ctx, a, false, &done));
+            return done ? LADD_OK : attention_forward_mma(ctx, a);
+        }
     return attention_forward_plain(ctx, a);
 }
 
@@ -95,6 +99,13 @@ ladd_status backward(const ladd_context *ctx, const ladd_stream_grad *grads, con
     attention_args<T> a;
     LADD_TRY(attention_arguments(&a, grads, streams, n_streams, const_cast<float *>(lse), B, heads, dh, scale));
     if (B <= 0 || heads <= 0 || dh <= 0 || a.S <= 0) return LADD_OK;
+    const bool mma = attention_fits_mma(a);
+    if constexpr (sizeof(T) == 2)
+        if (mma) {
+            bool done;
+            LADD_TRY(attention_by_cudnn(ctx, a, true, &done));
+            if (done) return LADD_OK;
+        }
     const int64_t rows = (int64_t)B * heads * a.S;
     void *delta;
     LADD_TRY(ladd_cuda_scratch(ctx, &delta, 0, (size_t)rows * sizeof(float)));
@@ -105,7 +116,7 @@ ladd_status backward(const ladd_context *ctx, const ladd_stream_grad *grads, con
     else
         LADD_TRY(LADD_LAUNCH(ctx, (attention_delta_kernel<T, 1>), blocks, LADD_BLOCK, 0, a, rows));
     if constexpr (sizeof(T) == 2)
-        if (attention_fits_mma(a)) return attention_backward_mma(ctx, a);
+        if (mma) return attention_backward_mma(ctx, a);
     return attention_backward_plain(ctx, a);
 }
 

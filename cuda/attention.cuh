@@ -68,6 +68,9 @@ struct attention_place {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
+/* attention_engine.cu: *done says whether cuDNN was chosen and has done it. */
+template <typename T>
+ladd_status attention_by_cudnn(const ladd_context *ctx, const attention_args<T> &a, bool backward, bool *done);
 template <typename T>
 ladd_status attention_forward_mma(const ladd_context *ctx, attention_args<T> a);
 template <typename T>

@@ -4,6 +4,7 @@ tiles, streams of no tokens, head sizes of the tensor cores' kernels and of the 
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Sequence
 
@@ -148,3 +149,23 @@ def test_rows_too_far_apart_are_refused() -> None:
         stream = (Stream * 1)((x.address, x.address, x.address, 2**31, 0, x.address, 4, 4, 1))
         with pytest.raises(RuntimeError, match=r"strides of a row below 2\*\*31 expected, got 2147483648 and 4"):
             c("attention_forward", stream, 1, c.new((1, 1, 1), "float32"), 1, 1, 4, 1.0)
+
+
+@pytest.mark.parametrize("tokens", [(20, 13), (40,), (0, 17), (33, 0)])
+def test_the_second_engine_gets_one_stream_and_gives_two(monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]) -> None:
+    """cuDNN's place is taken by our kernels, so nothing but the copies to one stream and back may differ: not a bit does."""
+    inputs, douts = drawn("bfloat16", 2, 3, 24, tokens)
+    wanted = attend("bfloat16", 3, 24, inputs, douts, 0.2)
+    calls = ctypes.c_int.in_dll(device().library, "ladd_emulator_cudnn_calls")
+    before = calls.value
+    monkeypatch.setenv("LADD_CUDA_ATTENTION", "cudnn")
+    for name, value in attend("bfloat16", 3, 24, inputs, douts, 0.2).items():
+        assert np.array_equal(value, wanted[name]), name
+    assert calls.value == before + 2
+
+
+def test_an_unknown_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, douts = drawn("bfloat16", 1, 1, 8, (20,))
+    monkeypatch.setenv("LADD_CUDA_ATTENTION", "flash")
+    with pytest.raises(RuntimeError, match="LADD_CUDA_ATTENTION: cudnn or ladd expected, got flash"):
+        attend("bfloat16", 1, 8, inputs, douts, 1.0)
