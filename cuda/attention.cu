@@ -75,8 +75,8 @@ bool attention_aligned(const attention_args<T> &a) {
 
 /* The tensor cores' kernels take the maximum of the scores before they are scaled, which a scale of zero or below would turn round. */
 template <typename T>
-bool attention_fits_mma(const attention_args<T> &a) {
-    return sizeof(T) == 2 && a.dh <= 128 && a.scale > 0.0f && attention_aligned(a);
+bool attention_fits_mma(const attention_args<T> &a, int most) {
+    return sizeof(T) == 2 && a.dh <= most && a.scale > 0.0f && attention_aligned(a);
 }
 
 template <typename T>
@@ -85,7 +85,7 @@ ladd_status forward(const ladd_context *ctx, const ladd_stream *streams, int n_s
     LADD_TRY(attention_arguments(&a, NULL, streams, n_streams, lse, B, heads, dh, scale));
     if (B <= 0 || heads <= 0 || dh <= 0 || a.S <= 0) return LADD_OK;
     if constexpr (sizeof(T) == 2)
-        if (attention_fits_mma(a)) {
+        if (attention_fits_mma(a, 512)) {
             bool done;
             LADD_TRY(attention_by_cudnn(ctx, a, false, &done));
             return done ? LADD_OK : attention_forward_mma(ctx, a);
@@ -99,7 +99,7 @@ ladd_status backward(const ladd_context *ctx, const ladd_stream_grad *grads, con
     attention_args<T> a;
     LADD_TRY(attention_arguments(&a, grads, streams, n_streams, const_cast<float *>(lse), B, heads, dh, scale));
     if (B <= 0 || heads <= 0 || dh <= 0 || a.S <= 0) return LADD_OK;
-    const bool mma = attention_fits_mma(a);
+    const bool mma = attention_fits_mma(a, 128);
     if constexpr (sizeof(T) == 2)
         if (mma) {
             bool done;

@@ -3,8 +3,8 @@
  * Two token streams stay in their own buffers. A kernel counts tokens in the joint order (streams[0], then streams[1]) and joint_rows turns such a
  * number into an address, so tiles may straddle the seam and only the last tile has a ragged end.
  *
- * Two families of kernels: attention_*_mma work on 16-bit types on the tensor cores, for heads of up to 128 elements that are a multiple of 8;
- * attention_*_plain take everything else (f32, any head size, any alignment) with plain multiply-adds. attention.cu chooses.
+ * Two families of kernels: attention_*_mma work on 16-bit types on the tensor cores, for heads of up to 128 elements (forward: 512) that are a
+ * multiple of 8; attention_*_plain take everything else (f32, any head size, any alignment) with plain multiply-adds. attention.cu chooses.
  */
 #ifndef LADD_ATTENTION_CUH
 #define LADD_ATTENTION_CUH
@@ -39,6 +39,7 @@ struct joint_rows {
     __device__ __forceinline__ T *operator()(int i) const {
         return i < first ? base[0] + (int64_t)i * row[0] : base[1] + (int64_t)(i - first) * row[1];
     }
+    __device__ __forceinline__ joint_rows from_column(int column) const { return {{base[0] + column, base[1] + column}, {row[0], row[1]}, first, S}; }
 };
 
 /* field: q, k, v, dq, dk or dv. P is T or const T. */

@@ -8,9 +8,6 @@
 
 #include "attention.cuh"
 #include "attention_cudnn.h"
-#ifndef __CUDACC__
-#include "cudnn_reference.h"
-#endif
 
 namespace {
 

@@ -108,9 +108,14 @@ def test_a_stream_of_no_tokens(dtype: str, tokens: tuple[int, int]) -> None:
     check(dtype, 2, 1, 16, tokens)
 
 
-@pytest.mark.parametrize("dh", [1, 20, 136, 512])
+@pytest.mark.parametrize("dh", [1, 20, 520])
 def test_heads_that_fit_no_tensor_core_tile(dh: int) -> None:
     check("bfloat16", 1, 1, dh, (33, 5))
+
+
+@pytest.mark.parametrize(("dh", "tokens"), [(136, (33, 5)), (264, (70,)), (512, (10,)), (200, (129, 1))])
+def test_wide_heads(dh: int, tokens: tuple[int, ...]) -> None:
+    check("bfloat16", 1, 1, dh, tokens)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0])

@@ -1,6 +1,7 @@
-/* cuDNN's attention on the emulator: ladd's own kernels on the one stream that cuDNN would be given. Included by attention_engine.cu. */
+/* cuDNN's attention on the emulator: ladd's own kernels on the one stream that cuDNN would be given. Included by attention_cudnn.cu. */
 #ifndef LADD_EMULATED_CUDNN_H
 #define LADD_EMULATED_CUDNN_H
+#include "../../cuda/common.cuh"
 
 extern "C" {
 int ladd_emulator_cudnn_calls; /* for the tests: that this way was taken */

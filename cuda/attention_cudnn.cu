@@ -3,7 +3,11 @@
  */
 #include "attention_cudnn.h"
 
-#if __has_include(<cudnn_frontend.h>) && __has_include(<cudnn.h>)
+#ifndef __CUDACC__
+#include "cudnn_reference.h"
+#elif defined(__CUDA_ARCH__)
+/* There is no device code here: nvcc's passes for the devices need not read the frontend. */
+#elif __has_include(<cudnn_frontend.h>) && __has_include(<cudnn.h>) && __has_include(<nvrtc.h>)
 #include <dlfcn.h>
 
 #include <array>
@@ -67,7 +71,7 @@ typedef std::array<int64_t, 11> graph_key;
 
 struct cudnn_plans {
     cudnnHandle_t handle = nullptr;
-    std::map<graph_key, std::shared_ptr<fe::graph::Graph>> graphs;
+    std::map<graph_key, std::shared_ptr<fe::graph::Graph> > graphs;
     ~cudnn_plans() {
         graphs.clear();
         if (handle) fe::detail::destroy_handle(handle);
@@ -173,7 +177,7 @@ extern "C" ladd_status ladd_cudnn_attention_run(const ladd_context *ctx, const l
 
 extern "C" ladd_status ladd_cudnn_attention_run(const ladd_context *, const ladd_cudnn_attention *) {
     return ladd_fail(LADD_ERR_RUNTIME,
-                     "cuDNN attention: this ladd was built without it; build it again where cudnn.h and cudnn_frontend.h are found "
+                     "cuDNN attention: this ladd was built without it; build it again where cudnn.h, cudnn_frontend.h and nvrtc.h are found "
                      "(pip install nvidia-cudnn-cu13 nvidia-cudnn-frontend)");
 }
 #endif
