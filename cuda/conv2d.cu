@@ -100,17 +100,19 @@ __global__ void __launch_bounds__(CONV_THREADS, 2) conv_mma_kernel(const conv_pa
     patch.C = p.C, patch.H = p.H, patch.W = p.W, patch.Wq = Wq, patch.pixels = p.tiling.patch, patch.divide = p.tiling.divide;
     patch.row = r0 * p.step + phase.r0, patch.col = c0 * p.step + phase.c0;
 
-    /* Weights of one tap and chunk are one stage; `next` runs ahead of the products. */
-    const T *packed = p.packed + phase.packed + (int64_t)at.m0 * p.Cp;
-    int next_tap = 0, next_chunk = 0, next = 0;
+    /* Weights of one tap and chunk are one stage, and a thread copies 16 bytes of every 64th row; `next` runs ahead of the products. */
+    const int64_t tap_size = (int64_t)p.Mp * p.Cp;
+    const T *chunk_weights = p.packed + phase.packed + (int64_t)(at.m0 + threadIdx.x / 4) * p.Cp + threadIdx.x % 4 * 8, *from = chunk_weights;
+    const int to = threadIdx.x / 4 * CONV_PITCH + threadIdx.x % 4 * 8;
+    int next_tap = 0, next = 0;
     auto load_weights = [&]() {
         if (next < iterations) {
-            uint16_t *to = weights + next % CONV_STAGES * BM * CONV_PITCH;
-            const T *from = packed + (int64_t)next_tap * p.Mp * p.Cp + next_chunk * CONV_CHUNK;
+            uint16_t *stage = weights + next % CONV_STAGES * BM * CONV_PITCH + to;
 #pragma unroll
-            for (int i = threadIdx.x; i < BM * 4; i += CONV_THREADS)
-                ladd_cp_async(to + i / 4 * CONV_PITCH + i % 4 * 8, from + (int64_t)(i / 4) * p.Cp + i % 4 * 8, true);
-            if (++next_tap == taps) next_tap = 0, next_chunk++;
+            for (int i = 0; i < BM; i += CONV_THREADS / 4)
+                if (BM >= CONV_THREADS / 4 || (int)threadIdx.x < BM * 4) ladd_cp_async(stage + i * CONV_PITCH, from + (int64_t)i * p.Cp, true);
+            from += tap_size;
+            if (++next_tap == taps) next_tap = 0, from = chunk_weights += CONV_CHUNK;
         }
         next++;
         ladd_cp_async_commit();
@@ -138,18 +140,17 @@ __global__ void __launch_bounds__(CONV_THREADS, 2) conv_mma_kernel(const conv_pa
     for (int chunk = 0; chunk < chunks; chunk++) {
         const uint16_t *now = patches + chunk % 2 * patch.pixels * CONV_PITCH;
         uint16_t *later = patches + (chunk + 1) % 2 * patch.pixels * CONV_PITCH;
-        const int more = chunk + 1 < chunks ? patch.items() : 0, c_next = (chunk + 1) * CONV_CHUNK;
-        int item = threadIdx.x;
+        const int more = chunk + 1 < chunks ? patch.rounds() : 0, c_next = (chunk + 1) * CONV_CHUNK;
+        int round = 0;
         for (int ti = 0, tap = 0; ti < phase.kh; ti++)
             for (int tj = 0; tj < phase.kw; tj++, tap++, done++) {
                 ladd_cp_async_wait<CONV_STAGES - 2>();
                 __syncthreads();
                 load_weights();
-                /* Two items of the next patch are under way while the tensor cores work. */
+                /* Two rounds of the next patch are under way while the tensor cores work. */
                 uint4 v0 = make_uint4(0, 0, 0, 0), v1 = v0;
-                const int item1 = item + CONV_THREADS;
-                if (item < more) v0 = patch.load(item, c_next);
-                if (item1 < more) v1 = patch.load(item1, c_next);
+                if (round < more) v0 = patch.load(round, c_next);
+                if (round + 1 < more) v1 = patch.load(round + 1, c_next);
                 const uint16_t *A = weights + done % CONV_STAGES * BM * CONV_PITCH + a_row, *X = now + (ti * Wq + tj) * CONV_PITCH;
 #pragma unroll
                 for (int k = 0; k < CONV_CHUNK; k += 16) {
@@ -167,11 +168,11 @@ __global__ void __launch_bounds__(CONV_THREADS, 2) conv_mma_kernel(const conv_pa
 #pragma unroll
                         for (int n = 0; n < NT; n++) ladd_mma<T>(acc[m][n], a[m], b[n]);
                 }
-                if (item < more) patch.store(later, item, v0);
-                if (item1 < more) patch.store(later, item1, v1);
-                item += 2 * CONV_THREADS;
+                if (round < more) patch.store(later, round, v0);
+                if (round + 1 < more) patch.store(later, round + 1, v1);
+                round += 2;
             }
-        if (more) patch.fill(later, 2 * taps * CONV_THREADS, c_next); /* what large strides leave */
+        if (more) patch.fill(later, 2 * taps, c_next); /* what large strides leave */
     }
 
     /* Registers 0 and 1 are neighbouring pixels of channel lane / 4, 2 and 3 of the channel eight further. */

@@ -40,41 +40,48 @@ static inline conv_tiling conv_tile(int gh, int gw, int kh, int kw, int step) {
     return t;
 }
 
-/* Channels c..c+7 of pixel (row, col) of a sample x[C,H,W] of two-byte elements; zero where there is none. */
-__device__ __forceinline__ uint4 conv_gather(const uint16_t *x, int C, int H, int W, int c, int row, int col) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < 0 || row >= H || col < 0 || col >= W) return v;
-    const int64_t plane = (int64_t)H * W;
-    const uint16_t *p = x + c * plane + (int64_t)row * W + col;
-    uint32_t e[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) e[i] = c + i < C ? p[i * plane] : 0u;
-    v.x = e[0] | e[1] << 16;
-    v.y = e[2] | e[3] << 16;
-    v.z = e[4] | e[5] << 16;
-    v.w = e[6] | e[7] << 16;
-    return v;
-}
-
-/* Fills patches [pixel][CHUNK channels + skew]: item i is eight channels of one pixel, and neighbouring threads take neighbouring pixels. */
+/* Fills patches [pixel][CHUNK channels + skew] in rounds, in each of which a thread moves eight channels of one pixel: a warp has 32 neighbouring
+ * pixels and one group of channels, so it reads runs of the image and writes rows of fragments, and nothing is divided. */
 template <int CHUNK>
 struct conv_patch {
-    enum { PITCH = CHUNK + CONV_SKEW, GROUPS = CHUNK / 8 };
-    const uint16_t *x; /* the sample */
+    enum { PITCH = CHUNK + CONV_SKEW, GROUPS = CHUNK / 8, WARPS = CONV_THREADS / LADD_WARP, SETS = GROUPS > WARPS ? GROUPS / WARPS : 1 };
+    enum { WIDE = GROUPS < WARPS ? WARPS / GROUPS * LADD_WARP : LADD_WARP }; /* pixels of a round */
+    const uint16_t *x;                                                       /* the sample */
     int C, H, W, Wq, pixels, row, col;
     uint32_t divide;
-    __device__ __forceinline__ int items() const { return pixels * GROUPS; }
-    __device__ __forceinline__ uint4 load(int item, int c0) const {
-        const int group = item / pixels, q = item - group * pixels, r = (int)((uint32_t)q * divide >> 20);
-        return conv_gather(x, C, H, W, c0 + group * 8, row + r, col + q - r * Wq);
+    __device__ __forceinline__ int rounds() const { return (pixels + WIDE - 1) / WIDE * SETS; }
+    __device__ __forceinline__ int group(int round) const {
+        const int warp = threadIdx.x / LADD_WARP;
+        return GROUPS < WARPS ? warp % GROUPS : round % SETS * WARPS + warp;
     }
-    __device__ __forceinline__ void store(uint16_t *patch, int item, uint4 v) const {
-        const int group = item / pixels, q = item - group * pixels;
-        *reinterpret_cast<uint4 *>(patch + q * PITCH + group * 8) = v;
+    __device__ __forceinline__ int pixel(int round) const {
+        const int lane = threadIdx.x % LADD_WARP;
+        return round / SETS * WIDE + (GROUPS < WARPS ? (int)threadIdx.x / LADD_WARP / GROUPS * LADD_WARP : 0) + lane;
     }
+    /* Zero where there is no pixel or channel. */
+    __device__ __forceinline__ uint4 load(int round, int c0) const {
+        const int c = c0 + group(round) * 8, q = pixel(round), down = (int)((uint32_t)q * divide >> 20);
+        const int r = row + down, k = col + q - down * Wq, channels = C - c, plane = H * W;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (q >= pixels || r < 0 || r >= H || k < 0 || k >= W) return v;
+        const uint16_t *p = x + (int64_t)(c * H + r) * W + k;
+        uint32_t e[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++, p += plane) e[i] = i < channels ? *p : 0u;
+        v.x = e[0] | e[1] << 16;
+        v.y = e[2] | e[3] << 16;
+        v.z = e[4] | e[5] << 16;
+        v.w = e[6] | e[7] << 16;
+        return v;
+    }
+    __device__ __forceinline__ void store(uint16_t *patch, int round, uint4 v) const {
+        const int q = pixel(round);
+        if (q < pixels) *reinterpret_cast<uint4 *>(patch + q * PITCH + group(round) * 8) = v;
+    }
+    /* The rounds from `first` on. */
     __device__ __forceinline__ void fill(uint16_t *patch, int first, int c0) const {
 #pragma unroll 1
-        for (int i = first + (int)threadIdx.x; i < items(); i += CONV_THREADS) store(patch, i, load(i, c0));
+        for (int i = first; i < rounds(); i++) store(patch, i, load(i, c0));
     }
 };
 

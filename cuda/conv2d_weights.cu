@@ -35,17 +35,17 @@ __global__ void __launch_bounds__(CONV_THREADS, 2) conv_weights_mma_kernel(const
 
     conv_patch<CHANNELS> patch;
     patch.C = p.C, patch.H = p.H, patch.W = p.W, patch.Wq = Wq, patch.pixels = p.tiling.patch, patch.divide = p.tiling.divide;
-    int b = 0, r0 = 0, q0 = 0; /* sample and first pixel of the unit that is loaded */
+    /* Turns the patch to a unit of the sum, a tile of a sample. */
     auto choose = [&](int unit) {
         const int tile = unit % tiles;
-        b = unit / tiles, r0 = tile / p.tiling.cols * (CONV_PIXELS >> log_tw), q0 = tile % p.tiling.cols * tw;
-        patch.x = reinterpret_cast<const uint16_t *>(p.x) + (int64_t)b * p.C * p.H * p.W;
-        patch.row = r0 * p.step + p.r0, patch.col = q0 * p.step + p.c0;
+        patch.x = reinterpret_cast<const uint16_t *>(p.x) + (int64_t)(unit / tiles) * p.C * p.H * p.W;
+        patch.row = tile / p.tiling.cols * (CONV_PIXELS >> log_tw) * p.step + p.r0, patch.col = tile % p.tiling.cols * tw * p.step + p.c0;
     };
-    /* dy of the chosen unit, [output channel][pixel], zero outside; closes one group of asynchronous copies. */
-    auto load_dy = [&](uint16_t *to) {
+    /* dy of a unit, [output channel][pixel], zero outside; closes one group of asynchronous copies. */
+    auto load_dy = [&](uint16_t *to, int unit) {
+        const int b = unit / tiles, r0 = unit % tiles / p.tiling.cols * (CONV_PIXELS >> log_tw), q0 = unit % tiles % p.tiling.cols * tw;
         const uint16_t *dy = reinterpret_cast<const uint16_t *>(p.dy);
-#pragma unroll
+#pragma unroll 1 /* once a tile; the registers belong to the products */
         for (int k = 0; k < CONV_BM * CONV_PIXELS / 8 / CONV_THREADS; k++) {
             const int i = threadIdx.x + k * CONV_THREADS, m = i / (CONV_PIXELS / 8), n = i % (CONV_PIXELS / 8) * 8;
             const int r = r0 + (n >> log_tw), c = q0 + (n & (tw - 1));
@@ -74,24 +74,24 @@ __global__ void __launch_bounds__(CONV_THREADS, 2) conv_weights_mma_kernel(const
 
     const int first = (int)conv_cut(p.units, p.parts, part), last = (int)conv_cut(p.units, p.parts, part + 1);
     choose(first);
-    load_dy(dys);
+    load_dy(dys, first);
     patch.fill(patches, 0, c0);
     for (int unit = first; unit < last; unit++) {
         const int now = (unit - first) % 2;
         uint16_t *later = patches + (1 - now) * patch.pixels * PITCH;
         ladd_cp_async_wait<0>();
         __syncthreads();
-        const int more = unit + 1 < last ? patch.items() : 0;
+        const int more = unit + 1 < last ? patch.rounds() : 0;
         if (more) {
             choose(unit + 1);
-            load_dy(dys + (1 - now) * CONV_BM * CONV_DY_PITCH);
+            load_dy(dys + (1 - now) * CONV_BM * CONV_DY_PITCH, unit + 1);
         }
         const uint16_t *A = dys + now * CONV_BM * CONV_DY_PITCH + a_row, *X = patches + now * patch.pixels * PITCH + b_row;
-        int item = threadIdx.x;
+        int round = 0;
 #pragma unroll 1
-        for (int k = 0; k < CONV_PIXELS; k += 16, X += b_step, item += CONV_THREADS) {
+        for (int k = 0; k < CONV_PIXELS; k += 16, X += b_step, round++) {
             uint4 ahead = make_uint4(0, 0, 0, 0); /* of the next patch, under way while the tensor cores work */
-            if (item < more) ahead = patch.load(item, c0);
+            if (round < more) ahead = patch.load(round, c0);
             uint32_t a[2][4];
 #pragma unroll
             for (int m = 0; m < 2; m++) ladd_ldmatrix(a[m], A + m * 16 * CONV_DY_PITCH + k);
@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(CONV_THREADS, 2) conv_weights_mma_kernel(const
 #pragma unroll
                     for (int m = 0; m < 2; m++) ladd_mma<T>(acc[m][t][g], a[m], x);
                 }
-            if (item < more) patch.store(later, item, ahead);
+            if (round < more) patch.store(later, round, ahead);
         }
-        if (more) patch.fill(later, CONV_PIXELS / 16 * CONV_THREADS, c0);
+        if (more) patch.fill(later, CONV_PIXELS / 16, c0);
     }
 #pragma unroll
     for (int t = 0; t < TAPS; t++) {
