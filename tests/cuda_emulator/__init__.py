@@ -8,6 +8,7 @@ from functools import cache
 
 from . import build
 
+
 @cache
 def library(purpose: str) -> ctypes.CDLL:
     """A copy for each purpose: they share neither memory nor errors."""
