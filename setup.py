@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libscipy_openblas.so"
 LICENCE = "libscipy_openblas.LICENSE.txt"
-CPU = ["threads", "gemm", "dispatch", "isa_plain", "isa_avx2", "isa_avx512"]  # the isa_*.c include the kernel files
+CPU = ["threads", "gemm", "dispatch", "isa_plain", "isa_avx2", "isa_avx512", "isa_avx512bf16"]  # the isa_*.c include the kernel files
 FLAGS = [
     "-std=gnu11",
     "-O3",

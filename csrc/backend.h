@@ -152,7 +152,7 @@ struct ladd_backend {
 };
 
 /* The CPU's table for the best instruction set of this processor, or the one that LADD_CPU names (then missing support is an error: NULL). */
-const ladd_backend *ladd_cpu_backend(void);
+const ladd_backend *ladd_cpu_backend(ladd_dtype products);
 
 /* LADD_K(ctx, name, arguments...) calls a kernel and returns from the caller if it fails. */
 #define LADD_K(ctx, name, ...) LADD_TRY((ctx)->backend->name((ctx), __VA_ARGS__))

@@ -19,7 +19,9 @@ ladd_status ladd_fail(ladd_status code, const char *format, ...) {
 
 const char *ladd_last_error(void) { return last_error; }
 
-ladd_context ladd_cpu_context(void) { return (ladd_context){.backend = ladd_cpu_backend(), .act_size = sizeof(float)}; }
+ladd_context ladd_cpu_context(ladd_dtype products) {
+    return (ladd_context){.backend = ladd_cpu_backend(products), .act = LADD_F32, .act_size = sizeof(float)};
+}
 
 ladd_status ladd_check_interrupt(const ladd_context *ctx) {
     if (ctx->interrupted && ctx->interrupted(ctx->interrupt_argument)) return ladd_fail(LADD_ERR_INTERRUPTED, "interrupted");

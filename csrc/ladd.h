@@ -60,7 +60,9 @@ typedef struct ladd_context {
     void *interrupt_argument;
 } ladd_context;
 
-ladd_context ladd_cpu_context(void);
+/* products: LADD_F32, or LADD_BF16 where the processor has AVX512_BF16: the factors of matrix products are rounded to it, everything else is float. What
+ * lies in memory is float in both, so act is LADD_F32. The backend is NULL, with the error, where there is none. */
+ladd_context ladd_cpu_context(ladd_dtype products);
 ladd_status ladd_check_interrupt(const ladd_context *ctx);
 
 static inline void *ladd_at_(const ladd_context *ctx, const void *base, ptrdiff_t elements) {

@@ -602,4 +602,4 @@ def test_instruction_set_that_is_not_there() -> None:
         """,
         LADD_CPU="z80",
     )
-    assert out.count("LADD_CPU is z80; expected avx512, avx2 or plain") == 2
+    assert out.count("LADD_CPU is z80; expected avx512bf16, avx512, avx2 or plain") == 2

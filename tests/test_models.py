@@ -97,7 +97,7 @@ def test_bad_inputs(name: str) -> None:
 def test_bad_models() -> None:
     with pytest.raises(ValueError, match="device must be 'cpu'"):
         ladd.MMDiT(mmdit_config(), device="gpu")
-    with pytest.raises(ValueError, match="dtype must be 'float32'"):
+    with pytest.raises(ValueError, match="dtype must be 'float32' or 'bfloat16' on cpu, got 'float16'"):
         ladd.MMDiT(mmdit_config(), dtype="float16")
     with pytest.raises(TypeError, match="config must be a MMDiTConfig or a dict, got AutoencoderKLConfig"):
         ladd.MMDiT(ladd.AutoencoderKLConfig())  # type: ignore[arg-type]

@@ -4,9 +4,10 @@
 #include "../backend.h"
 
 /* Every kernel file here is compiled once per instruction set: isa_plain.c, isa_avx2.c and isa_avx512.c each set the target and LADD_ISA, then
- * include all kernel files. So a kernel is plain C with loops that vectorise (or intrinsics beside their plain loop, under #if defined(__AVX512F__)
- * or __AVX2__), defines `ladd_status LADD_CPU(name)(...)` for each of its rows, and names its static helpers after its family, for the files share
- * one translation unit. dispatch.c picks the table at run time by CPUID, or by the environment variable LADD_CPU=avx512|avx2|plain. */
+ * include all kernel files; isa_avx512bf16.c those that are made of products, for dtype="bfloat16". So a kernel is plain C with loops that vectorise
+ * (or intrinsics beside their plain loop, under #if defined(__AVX512F__) or __AVX2__), defines `ladd_status LADD_CPU(name)(...)` for each of its
+ * rows, and names its static helpers after its family, for the files share one translation unit. dispatch.c picks the table at run time by CPUID, or
+ * by the environment variable LADD_CPU=avx512bf16|avx512|avx2|plain. */
 #define LADD_PASTE_(a, b, c) a##b##_##c
 #define LADD_PASTE(a, b, c) LADD_PASTE_(a, b, c)
 #ifdef LADD_ISA

@@ -6,31 +6,49 @@
 
 extern const ladd_backend ladd_cpu_plain_backend;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(LADD_PLAIN_ONLY)
-extern const ladd_backend ladd_cpu_avx2_backend, ladd_cpu_avx512_backend;
+extern const ladd_backend ladd_cpu_avx2_backend, ladd_cpu_avx512_backend, ladd_cpu_avx512bf16_backend;
 
-static const ladd_backend *best_supported(const char *wanted) {
+/* wanted: by LADD_CPU; NULL: the best for `products`. */
+static const ladd_backend *supported(const char *wanted, ladd_dtype products) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (wanted) {
+        if (strcmp(wanted, "avx512bf16") == 0) return bf16 ? &ladd_cpu_avx512bf16_backend : NULL;
+        if (products == LADD_BF16) return NULL;
         if (strcmp(wanted, "avx512") == 0) return avx512 ? &ladd_cpu_avx512_backend : NULL;
         if (strcmp(wanted, "avx2") == 0) return avx2 ? &ladd_cpu_avx2_backend : NULL;
         return strcmp(wanted, "plain") == 0 ? &ladd_cpu_plain_backend : NULL;
     }
+    if (products == LADD_BF16) return bf16 ? &ladd_cpu_avx512bf16_backend : NULL;
     return avx512 ? &ladd_cpu_avx512_backend : (avx2 ? &ladd_cpu_avx2_backend : &ladd_cpu_plain_backend);
 }
 #else
-static const ladd_backend *best_supported(const char *wanted) { return !wanted || strcmp(wanted, "plain") == 0 ? &ladd_cpu_plain_backend : NULL; }
+static const ladd_backend *supported(const char *wanted, ladd_dtype products) {
+    return products == LADD_F32 && (!wanted || strcmp(wanted, "plain") == 0) ? &ladd_cpu_plain_backend : NULL;
+}
 #endif
 
-const ladd_backend *ladd_cpu_backend(void) {
-    static const ladd_backend *chosen; /* every thread would compute the same pointer */
-    if (!chosen) {
-        const char *wanted = getenv("LADD_CPU");
-        chosen = best_supported(wanted && *wanted ? wanted : NULL);
-        if (!chosen) ladd_fail(LADD_ERR_VALUE, "LADD_CPU is %s; expected avx512, avx2 or plain, supported by this processor", wanted);
+const ladd_backend *ladd_cpu_backend(ladd_dtype products) {
+    static const ladd_backend *chosen[2]; /* every thread would compute the same pointers */
+    if (products != LADD_F32 && products != LADD_BF16) {
+        ladd_fail(LADD_ERR_VALUE, "the CPU computes in float32, or with products in bfloat16; got another dtype");
+        return NULL;
     }
-    return chosen;
+    const ladd_backend **place = &chosen[products == LADD_BF16];
+    if (!*place) {
+        const char *wanted = getenv("LADD_CPU");
+        if (wanted && !*wanted) wanted = NULL;
+        *place = supported(wanted, products);
+        if (!*place && products == LADD_BF16)
+            ladd_fail(LADD_ERR_VALUE,
+                      "dtype bfloat16 on the CPU: expected a processor with AVX512_BF16 and LADD_CPU unset or avx512bf16, got %s; use float32",
+                      wanted ? wanted : "one without");
+        else if (!*place)
+            ladd_fail(LADD_ERR_VALUE, "LADD_CPU is %s; expected avx512bf16, avx512, avx2 or plain, supported by this processor", wanted);
+    }
+    return *place;
 }
 
 ladd_status ladd_cpu_alloc(LADD_CTX, void **block, size_t bytes) {

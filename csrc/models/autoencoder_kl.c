@@ -250,7 +250,7 @@ const ladd_vae_config *ladd_vae_get_config(const ladd_vae *model) { return &mode
 
 /* Weights and biases of convolutions and linears: uniform within 1/sqrt(fan_in). erf(z/sqrt 2) of a standard normal z is uniform in (-1, 1). */
 ladd_status ladd_vae_init(ladd_vae *model, uint64_t seed) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     if (!ctx.backend) return LADD_ERR_VALUE;
     const int64_t sample = 0;
     double bound = 0.0;

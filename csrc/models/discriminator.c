@@ -168,7 +168,7 @@ static ladd_status settle(const ladd_context *ctx, ladd_disc *m, const ladd_head
 
 /* Matrices N(0, 1/fan_in), group norm 1, biases 0; u random, then settled. */
 ladd_status ladd_disc_init(ladd_disc *model, uint64_t seed) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     if (!ctx.backend) return LADD_ERR_VALUE;
     const int64_t sample = 0;
     for (int i = 0; i < model->params.n; i++) {

@@ -217,7 +217,7 @@ const ladd_mmdit_config *ladd_mmdit_get_config(const ladd_mmdit *model) { return
 static int contains(const char *name, const char *part) { return strstr(name, part) != NULL; }
 
 ladd_status ladd_mmdit_init(ladd_mmdit *model, uint64_t seed) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     if (!ctx.backend) return LADD_ERR_VALUE;
     const int64_t sample = 0;
     for (int i = 0; i < model->params.n; i++) {

@@ -114,7 +114,7 @@ static PyObject *run(core_model *self, PyObject *input, PyObject *keep_flag, int
     DIM(&dims, 'X') = encode ? DIM(&dims, 'W') / f : DIM(&dims, 'W') * f;
     if (!(output = core_new("BKYX", &dims, 0))) goto done;
     if (keep && !(saved = core_saved_new(self, &dims, 0))) goto done;
-    if (core_begin(&call, self->lock, self->device, self->act) < 0) goto done;
+    if (core_begin(&call, self->lock, self->device, self->compute) < 0) goto done;
     ladd_status (*direction)(const ladd_context *, ladd_act *, ladd_vae_saved **, ladd_vae *, const ladd_act *, int, int, int) =
         encode ? ladd_vae_encode : ladd_vae_decode;
     ladd_status status = direction(&call.ctx, core_data(output), keep ? &kept : NULL, self->model, core_data(input), IDIM(&dims, 'B'),

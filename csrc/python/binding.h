@@ -57,9 +57,9 @@ typedef struct core_call {
     struct timespec checked; /* when Ctrl-C was last looked for */
 } core_call;
 
-ladd_context core_context(const core_device *device, ladd_dtype act);
+ladd_context core_context(const core_device *device, ladd_dtype compute);
 /* 0, or -1 with an exception when no backend serves this processor or the device is unusable. */
-int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype act);
+int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype compute);
 int core_end(core_call *call, ladd_status status); /* 0, or -1 with the exception that the status stands for */
 int core_raise(ladd_status status);                /* sets that exception (GIL held); always -1 */
 
@@ -241,7 +241,8 @@ typedef struct core_model {
     void *model; /* ladd_mmdit, ladd_vae or ladd_disc */
     ladd_params *params;
     core_device *device; /* NULL: the CPU */
-    ladd_dtype act;
+    ladd_dtype compute;  /* the dtype that was asked for */
+    ladd_dtype act;      /* of its arrays: the same on a device; on the CPU LADD_F32, there only products are computed in bfloat16 */
 } core_model;
 
 /* Sizes of which nothing is known yet, of arrays where the model is. */

@@ -91,7 +91,7 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     if (!items) return NULL;
     if (!(logits = core_new_list(config->n_taps, "Bhw", &dims, outputs))) goto done;
     if (keep && !(saved = core_saved_new(self, &dims, config->n_taps))) goto done;
-    if (core_begin(&call, self->lock, self->device, self->act) < 0) goto done;
+    if (core_begin(&call, self->lock, self->device, self->compute) < 0) goto done;
     ladd_status status = ladd_disc_forward(&call.ctx, outputs, keep ? &kept : NULL, self->model, inputs, core_data(sigma),
                                            config->condition_pooled ? core_data(condition) : NULL, IDIM(&dims, 'B'), sides[0], sides[1], update_u);
     result = core_forward_end(&call, status, logits, saved, kept);

@@ -8,19 +8,24 @@ PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, c
     static char *names[] = {"config", "device", "dtype", NULL};
     PyObject *mapping, *device = Py_None, *dtype = NULL;
     core_any_config config;
-    ladd_dtype act = LADD_F32;
+    ladd_dtype compute = LADD_F32;
     char format[64];
     snprintf(format, sizeof format, "O|OO:%s", kind->name);
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, &mapping, &device, &dtype) || kind->read_config(&config, mapping) < 0) return NULL;
-    if (dtype && core_dtype(dtype, "dtype", &act) < 0) return NULL;
-    if (device == Py_None ? act != LADD_F32 : !PyObject_TypeCheck(device, core_state_of(type)->device_type)) {
-        PyErr_Format(PyExc_ValueError, "device, dtype: expected None and 'float32', or a Device, got %R and %s", device, core_dtype_name(act));
+    if (dtype && core_dtype(dtype, "dtype", &compute) < 0) return NULL;
+    if (device != Py_None && !PyObject_TypeCheck(device, core_state_of(type)->device_type)) {
+        PyErr_Format(PyExc_TypeError, "device: expected None or a Device, got %R", device);
+        return NULL;
+    }
+    if (device == Py_None && !ladd_cpu_backend(compute)) {
+        core_raise(LADD_ERR_VALUE);
         return NULL;
     }
     core_model *self = (core_model *)type->tp_alloc(type, 0); /* fields are zero */
     if (!self) return NULL;
     self->kind = kind;
-    self->act = act;
+    self->compute = compute;
+    self->act = device == Py_None ? LADD_F32 : compute;
     if (device != Py_None) self->device = (core_device *)Py_NewRef(device);
     ladd_status status;
     if (!(self->lock = PyThread_allocate_lock())) {
@@ -37,7 +42,7 @@ PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, c
     self->params = kind->params(self->model);
     if (self->device) {
         core_call call;
-        if (core_begin(&call, NULL, self->device, act) < 0 || core_end(&call, ladd_params_place(&call.ctx, self->params)) < 0) goto failed;
+        if (core_begin(&call, NULL, self->device, compute) < 0 || core_end(&call, ladd_params_place(&call.ctx, self->params)) < 0) goto failed;
     }
     return (PyObject *)self;
 failed:
@@ -69,7 +74,7 @@ static void saved_dealloc(PyObject *object) {
     core_saved *self = (core_saved *)object;
     PyTypeObject *type = Py_TYPE(self);
     if (self->saved) {
-        ladd_context ctx = core_context(self->owner->device, self->owner->act);
+        ladd_context ctx = core_context(self->owner->device, self->owner->compute);
         self->owner->kind->saved_free(&ctx, self->saved);
     }
     Py_XDECREF(self->owner);
@@ -92,7 +97,7 @@ void *core_backward_begin(core_call *call, core_saved *self, int once, int param
         return NULL;
     }
     if (once) self->saved = NULL; /* before the GIL goes: another thread's call finds it used up */
-    if (core_begin(call, self->owner->lock, self->owner->device, self->owner->act) < 0) {
+    if (core_begin(call, self->owner->lock, self->owner->device, self->owner->compute) < 0) {
         self->saved = saved;
         return NULL;
     }
@@ -121,7 +126,7 @@ static PyObject *flat_view(core_model *self, float *data, int64_t count) { retur
 /* Gradients exist from their first use on. Under the lock: a backward of another thread may make them too. */
 static int need_grad(core_model *self) {
     core_call call;
-    if (core_begin(&call, self->lock, self->device, self->act) < 0) return -1;
+    if (core_begin(&call, self->lock, self->device, self->compute) < 0) return -1;
     return core_end(&call, ladd_params_need_grad(self->params));
 }
 
@@ -159,7 +164,7 @@ static PyObject *model_init(PyObject *object, PyObject *argument) {
     core_model *self = (core_model *)object;
     uint64_t seed;
     core_call call;
-    if (core_uint64(argument, "seed", &seed) < 0 || core_begin(&call, self->lock, self->device, self->act) < 0) return NULL;
+    if (core_uint64(argument, "seed", &seed) < 0 || core_begin(&call, self->lock, self->device, self->compute) < 0) return NULL;
     init_call task = {self->kind, self->model, seed};
     if (core_end(&call, ladd_params_on_host(self->params, run_init, &task)) < 0) return NULL;
     Py_RETURN_NONE;

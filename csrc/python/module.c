@@ -46,13 +46,13 @@ static int signal_came(void *argument) {
     return came;
 }
 
-ladd_context core_context(const core_device *device, ladd_dtype act) {
-    if (!device) return ladd_cpu_context();
-    return (ladd_context){.backend = device->api->backend(act), .state = device->state, .act = act, .act_size = core_item_size(act)};
+ladd_context core_context(const core_device *device, ladd_dtype compute) {
+    if (!device) return ladd_cpu_context(compute);
+    return (ladd_context){.backend = device->api->backend(compute), .state = device->state, .act = compute, .act_size = core_item_size(compute)};
 }
 
-int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype act) {
-    call->ctx = core_context(device, act);
+int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype compute) {
+    call->ctx = core_context(device, compute);
     if (!call->ctx.backend) return core_raise(LADD_ERR_VALUE);
     call->ctx.interrupted = signal_came;
     call->ctx.interrupt_argument = call;
@@ -101,7 +101,7 @@ static PyObject *get_num_threads(PyObject *module, PyObject *unused) {
 
 static PyObject *backend_name(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
-    const ladd_backend *backend = ladd_cpu_backend();
+    const ladd_backend *backend = ladd_cpu_backend(LADD_F32);
     if (!backend) {
         core_raise(LADD_ERR_VALUE);
         return NULL;
@@ -128,7 +128,7 @@ static PyObject *openblas_config(PyObject *module, PyObject *unused) {
 static PyMethodDef functions[] = {
     {"set_num_threads", set_num_threads, METH_O, "set_num_threads(n): threads of the CPU kernels. Results do not depend on it."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "get_num_threads() -> int"},
-    {"backend_name", backend_name, METH_NOARGS, "backend_name() -> \"avx512\", \"avx2\" or \"plain\""},
+    {"backend_name", backend_name, METH_NOARGS, "backend_name() -> \"avx512\", \"avx2\", \"plain\", or what LADD_CPU names"},
     {"empty_cache", empty_cache, METH_NOARGS, "empty_cache(): gives kept memory back to the system."},
     {"memory_in_use", memory_in_use, METH_NOARGS, "memory_in_use() -> bytes of activations that are alive"},
     {"openblas_config", openblas_config, METH_NOARGS, "openblas_config() -> str: version and build of the linked OpenBLAS"},

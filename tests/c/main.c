@@ -9,6 +9,6 @@ int main(void) {
     test_discriminator();
     ladd_empty_cache();
     CHECK(ladd_memory_in_use() == 0);
-    printf("ok %s\n", ladd_cpu_backend()->name);
+    printf("ok %s\n", ladd_cpu_backend(LADD_F32)->name);
     return 0;
 }

@@ -16,7 +16,7 @@ static void test_errors(void) {
 }
 
 static void test_arena(void) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     CHECK(ctx.backend != NULL);
     size_t sizes[] = {1, 64, 65, 0, 4096, 7};
     for (int round = 0; round < 40; round++) { /* more blocks than are kept, of growing and shrinking sizes */

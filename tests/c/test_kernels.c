@@ -186,7 +186,7 @@ static void spectral(const ladd_context *ctx, int R, int K) {
 }
 
 void test_kernels(void) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     CHECK_OK(ladd_set_num_threads(2));
     const int shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {1, 33, 65}, {17, 1, 16}, {66, 47, 31}, {300, 129, 200}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) linear(&ctx, shapes[i][0], shapes[i][1], shapes[i][2]);

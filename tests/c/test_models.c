@@ -66,7 +66,7 @@ static void fill(ladd_params *p) {
 }
 
 static void run_mmdit(const ladd_mmdit_config *config, int B, int H, int W, int T) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     ladd_mmdit *m = NULL;
     CHECK_OK(ladd_mmdit_create(&m, config));
     CHECK_OK(ladd_mmdit_init(m, 1));
@@ -115,7 +115,7 @@ static void run_mmdit(const ladd_mmdit_config *config, int B, int H, int W, int 
 }
 
 static void bad_mmdit(void) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     ladd_mmdit *m = NULL;
     ladd_mmdit_config good = mmdit_config(2, 4, 4, 1, 1), bad;
 #define REFUSE(change)                                                                                \
@@ -157,7 +157,7 @@ static void bad_mmdit(void) {
 
 /* The same bits in a child, whose threads are its own. */
 static void fork_mmdit(void) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     ladd_mmdit_config config = mmdit_config(2, 4, 4, 1, 1);
     ladd_mmdit_call call = {2, 8, 6, 3, NULL, 0, NULL, 0};
     ladd_mmdit *m = NULL;
@@ -193,7 +193,7 @@ void test_mmdit(void) {
 /* ---- AutoencoderKL ---- */
 
 static void run_vae(const ladd_vae_config *c, int B, int h, int w) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     ladd_vae *m = NULL;
     CHECK_OK(ladd_vae_create(&m, c));
     CHECK_OK(ladd_vae_init(m, 1));
@@ -246,7 +246,7 @@ void test_autoencoder(void) {
 /* ---- discriminator ---- */
 
 static void run_disc(const ladd_disc_config *c, int B, int h, int w) {
-    ladd_context ctx = ladd_cpu_context();
+    ladd_context ctx = ladd_cpu_context(LADD_F32);
     ladd_disc *m = NULL;
     CHECK_OK(ladd_disc_create(&m, c));
     CHECK_OK(ladd_disc_init(m, 1));
