@@ -85,12 +85,20 @@ static inline float ladd_gelu(float x) {
 typedef float ladd_v16 __attribute__((vector_size(64), aligned(4), may_alias));
 #define LADD_V16(pointer) (*(const ladd_v16 *)(pointer))
 
+/* The upper half is added to the lower one until one number is left: in registers, where the compiler has them. */
 static inline float ladd_fold16(const ladd_v16 *v) {
-    float a[16];
-    for (int i = 0; i < 16; i++) a[i] = (*v)[i];
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) a[i] += a[i + half];
-    return a[0];
+    typedef float v8 __attribute__((vector_size(32)));
+    typedef float v4 __attribute__((vector_size(16)));
+    union {
+        ladd_v16 whole;
+        v8 half[2];
+    } a = {*v};
+    union {
+        v8 whole;
+        v4 half[2];
+    } b = {a.half[0] + a.half[1]};
+    v4 c = b.half[0] + b.half[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
 static inline float ladd_sum(const float *x, int64_t n) {

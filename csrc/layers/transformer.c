@@ -5,8 +5,14 @@ ladd_status ladd_qkv_forward(const ladd_context *ctx, ladd_qkv_saved *saved, con
                              int rows, int heads, int dh) {
     int D = heads * dh;
     LADD_K(ctx, linear_forward, saved->qkv, x, ladd_weight(ctx, w, p->weight), ladd_weight(ctx, w, p->bias), rows, 3 * D, D);
+    return ladd_qkv_normalise(ctx, saved, w, p, rows, heads, dh);
+}
+
+ladd_status ladd_qkv_normalise(const ladd_context *ctx, const ladd_qkv_saved *saved, const ladd_weights *w, const ladd_qkv_params *p, int rows,
+                               int heads, int dh) {
     if (p->norm_q < 0) return LADD_OK;
     const float eps = 1e-6f;
+    const int D = heads * dh;
     LADD_K(ctx, rms_norm_heads_forward, saved->qk, saved->q_rstd, saved->qkv, ladd_weight(ctx, w, p->norm_q), rows, heads, dh, 3 * D, 3 * D, eps);
     LADD_K(ctx, rms_norm_heads_forward, ladd_at(ctx, saved->qk, D), saved->k_rstd, ladd_at(ctx, saved->qkv, D), ladd_weight(ctx, w, p->norm_k), rows,
            heads, dh, 3 * D, 3 * D, eps);

@@ -32,6 +32,9 @@ typedef struct ladd_qkv_saved {
 /* q, k, v = x W^T + b, then RMS norm per head on q and k where the weights exist (sd3: block step 2). */
 ladd_status ladd_qkv_forward(const ladd_context *ctx, ladd_qkv_saved *saved, const ladd_act *x /* [rows,D] */, const ladd_weights *w,
                              const ladd_qkv_params *p, int rows, int heads, int dh);
+/* The norm alone: qk and its statistics from qkv once more, where they were not kept until backward. */
+ladd_status ladd_qkv_normalise(const ladd_context *ctx, const ladd_qkv_saved *saved, const ladd_weights *w, const ladd_qkv_params *p, int rows,
+                               int heads, int dh);
 /* dqkv[rows,3D] holds gradients after the norm on entry and is overwritten; dx[rows,D] is written. */
 ladd_status ladd_qkv_backward(const ladd_context *ctx, ladd_act *dx, ladd_act *dqkv, const ladd_qkv_saved *saved, const ladd_act *x,
                               const ladd_weights *w, const ladd_qkv_params *p, int rows, int heads, int dh);

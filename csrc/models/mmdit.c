@@ -6,9 +6,9 @@
  *           LN(.) (1 + scale) + shift and leaves as X += gate * branch
  *   velocity = unpatchify(LN(X) (1 + scale) + shift) W^T
  *
- * With keep, each block keeps what its backward needs; without, all blocks share one set of buffers and the residual streams stay in place.
- * Normalised inputs and GELU's outputs are shared even so: the gradients of weights need them, and backward makes them again for less than a
- * hundredth of its time, which saves two sevenths of the memory. Features are the image stream after the tapped blocks; the pass ends at the deepest,
+ * With keep, each block keeps what its backward needs; without, all blocks share one set of buffers and the residual streams stay in place. What
+ * costs little to make again is shared even so, and backward makes it again block by block: the norms' outputs, GELU's, and the residual streams
+ * between two branches. That halves the memory of a kept pass. Features are the image stream after the tapped blocks; the pass ends at the deepest,
  * whose text branch after attention is not computed, for nobody reads it.
  */
 #include <stdlib.h>
@@ -21,7 +21,7 @@ static const float NORM_EPS = 1e-6f;
 typedef struct stream_saved { /* one token stream of one block; rows = B * tokens */
     ladd_act *in;             /* [rows,D] residual stream at entry */
     float *mean1, *rstd1;     /* [rows] of LN(in) */
-    ladd_act *x1;             /* [rows,D] attention input; shared by all blocks, like x2, g and dual_x1 */
+    ladd_act *x1;             /* [rows,D] attention input */
     ladd_qkv_saved qkv;
     ladd_act *o, *a; /* [rows,D] attention output before and after its projection */
     ladd_act *mid;   /* [rows,D] residual stream after attention */
@@ -35,8 +35,8 @@ typedef struct block_saved {
     float *lse;        /* [B,heads,N+T] */
     ladd_act *dual_x1; /* [B*N,D] second attention: input, q k v, output before and after its projection */
     ladd_qkv_saved dual_qkv;
-    float *dual_lse;                       /* [B,heads,N] */
-    ladd_act *dual_o, *dual_a, *first_mid; /* first_mid: residual stream between the two attentions */
+    float *dual_lse; /* [B,heads,N] */
+    ladd_act *dual_o, *dual_a;
 } block_saved;
 
 struct ladd_mmdit_saved {
@@ -56,7 +56,8 @@ struct ladd_mmdit_saved {
     float *mean, *rstd;        /* final norm, [B*N] */
     ladd_act *normed, *tokens; /* [B*N,D], [B*N,p*p*Cout] */
     ladd_act *x_end;           /* image stream after the last block */
-    ladd_act *x_in, *y_in, *g; /* shared by all blocks: what a branch reads, [B*N,D] and [B*T,D], and after GELU [rows,4D] */
+    /* shared by all blocks, for each stream: x1, x2 and dual_x1; mid; qk of all attentions; g of both streams */
+    ladd_act *x_in, *y_in, *x_mid, *y_mid, *qk_x, *qk_y, *g;
     /* backward only */
     ladd_act *dpatches; /* [B*N,Cin*p*p] */
     ladd_act *dx, *dy, *dmod, *branch_x, *branch_y, *branch_dual, *dqkv_x, *dqkv_y, *d_o_x, *d_o_y, *hidden, *ds;
@@ -64,22 +65,22 @@ struct ladd_mmdit_saved {
 
 /* ---- planning -------------------------------------------------------------------------------------------------------- */
 
-static void plan_qkv(const ladd_context *ctx, ladd_arena *arena, ladd_qkv_saved *q, int64_t rows, int D, int heads, int norm) {
+static void plan_qkv(const ladd_context *ctx, ladd_arena *arena, ladd_qkv_saved *q, ladd_act *qk, int64_t rows, int D, int heads, int norm) {
     q->qkv = ladd_take_act(ctx, arena, rows * 3 * D);
-    q->qk = norm ? ladd_take_act(ctx, arena, rows * 3 * D) : NULL;
+    q->qk = qk;
     q->q_rstd = norm ? ladd_take_f32(arena, rows * heads) : NULL;
     q->k_rstd = norm ? ladd_take_f32(arena, rows * heads) : NULL;
 }
 
-static void plan_stream(const ladd_context *ctx, ladd_arena *arena, stream_saved *s, ladd_act *input, ladd_act *g, int64_t rows, int D, int heads,
-                        int norm, int keep) {
+static void plan_stream(const ladd_context *ctx, ladd_arena *arena, stream_saved *s, ladd_act *input, ladd_act *mid, ladd_act *qk, ladd_act *g,
+                        int64_t rows, int D, int heads, int norm, int keep) {
     s->mean1 = ladd_take_f32(arena, rows);
     s->rstd1 = ladd_take_f32(arena, rows);
     s->x1 = s->x2 = input;
-    plan_qkv(ctx, arena, &s->qkv, rows, D, heads, norm);
+    plan_qkv(ctx, arena, &s->qkv, qk, rows, D, heads, norm);
     s->o = ladd_take_act(ctx, arena, rows * D);
     s->a = ladd_take_act(ctx, arena, rows * D);
-    s->mid = keep ? ladd_take_act(ctx, arena, rows * D) : s->in;
+    s->mid = keep ? mid : s->in;
     s->mean2 = ladd_take_f32(arena, rows);
     s->rstd2 = ladd_take_f32(arena, rows);
     s->h = ladd_take_act(ctx, arena, rows * 4 * D);
@@ -92,16 +93,15 @@ static void plan_block(const ladd_context *ctx, ladd_arena *arena, block_saved *
     const ladd_mmdit_config *c = &s->model->config;
     int D = s->model->D, heads = c->num_attention_heads, norm = c->qk_rms_norm;
     int64_t x_rows = (int64_t)s->B * s->N, y_rows = (int64_t)s->B * s->T;
-    plan_stream(ctx, arena, &b->x, s->x_in, s->g, x_rows, D, heads, norm, keep);
-    plan_stream(ctx, arena, &b->y, s->y_in, s->g, y_rows, D, heads, norm, keep);
+    plan_stream(ctx, arena, &b->x, s->x_in, s->x_mid, s->qk_x, s->g, x_rows, D, heads, norm, keep);
+    plan_stream(ctx, arena, &b->y, s->y_in, s->y_mid, s->qk_y, s->g, y_rows, D, heads, norm, keep);
     b->lse = ladd_take_f32(arena, (x_rows + y_rows) * heads);
     if (!dual) return;
     b->dual_x1 = s->x_in;
-    plan_qkv(ctx, arena, &b->dual_qkv, x_rows, D, heads, norm);
+    plan_qkv(ctx, arena, &b->dual_qkv, s->qk_x, x_rows, D, heads, norm);
     b->dual_lse = ladd_take_f32(arena, x_rows * heads);
     b->dual_o = ladd_take_act(ctx, arena, x_rows * D);
     b->dual_a = ladd_take_act(ctx, arena, x_rows * D);
-    b->first_mid = keep ? ladd_take_act(ctx, arena, x_rows * D) : b->x.in;
 }
 
 static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) {
@@ -121,6 +121,10 @@ static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) 
     const int64_t rows = x_rows > y_rows ? x_rows : y_rows;
     s->x_in = ladd_take_act(ctx, arena, x_rows * D);
     s->y_in = ladd_take_act(ctx, arena, y_rows * D);
+    s->x_mid = keep ? ladd_take_act(ctx, arena, x_rows * D) : NULL;
+    s->y_mid = keep ? ladd_take_act(ctx, arena, y_rows * D) : NULL;
+    s->qk_x = c->qk_rms_norm ? ladd_take_act(ctx, arena, x_rows * 3 * D) : NULL;
+    s->qk_y = c->qk_rms_norm ? ladd_take_act(ctx, arena, y_rows * 3 * D) : NULL;
     s->g = keep ? ladd_take_act(ctx, arena, rows * 4 * D) : NULL;
     int any_dual = 0;
     for (int i = 0; i <= s->last; i++) any_dual |= c->dual[i] && !s->skip[i];
@@ -276,15 +280,14 @@ static ladd_status block_forward(const ladd_context *ctx, struct ladd_mmdit_save
     LADD_TRY(ladd_qkv_forward(ctx, &b->y.qkv, b->y.x1, w, &p->y.qkv, B * T, heads, dh));
     ladd_stream streams[2] = {ladd_qkv_stream(ctx, &b->x.qkv, b->x.o, N, heads, dh), ladd_qkv_stream(ctx, &b->y.qkv, b->y.o, T, heads, dh)};
     LADD_K(ctx, attention_forward, streams, 2, b->lse, B, heads, dh, attention_scale(dh));
-    ladd_act *after_first = c->dual[i] ? b->first_mid : b->x.mid;
     if (c->dual[i]) /* reads the same LN(in), so before the residual stream moves on (it may be updated in place) */
         LADD_TRY(normalise(ctx, b->dual_x1, b->x.mean1, b->x.rstd1, b->x.in, s, p->x.mod.dual_shift, p->x.mod.dual_scale, N));
-    LADD_TRY(project_and_add(ctx, after_first, b->x.a, b->x.in, b->x.o, w, &p->x.out, s, p->x.mod.gate1, N));
+    LADD_TRY(project_and_add(ctx, b->x.mid, b->x.a, b->x.in, b->x.o, w, &p->x.out, s, p->x.mod.gate1, N));
     if (c->dual[i]) {
         LADD_TRY(ladd_qkv_forward(ctx, &b->dual_qkv, b->dual_x1, w, &p->dual_qkv, B * N, heads, dh));
         ladd_stream alone = ladd_qkv_stream(ctx, &b->dual_qkv, b->dual_o, N, heads, dh);
         LADD_K(ctx, attention_forward, &alone, 1, b->dual_lse, B, heads, dh, attention_scale(dh));
-        LADD_TRY(project_and_add(ctx, b->x.mid, b->dual_a, after_first, b->dual_o, w, &p->dual_out, s, p->x.mod.dual_gate, N));
+        LADD_TRY(project_and_add(ctx, b->x.mid, b->dual_a, b->x.mid, b->dual_o, w, &p->dual_out, s, p->x.mod.dual_gate, N));
     }
     LADD_TRY(feed_forward_and_add(ctx, &b->x, w, &p->x, s, N));
     if (i < s->last) { /* nobody reads the text stream after the last block that runs */
@@ -401,6 +404,13 @@ static ladd_stream_grad stream_grad(const ladd_context *ctx, ladd_act *dqkv, con
     return (ladd_stream_grad){.dq = dqkv, .dk = ladd_at(ctx, dqkv, D), .dv = ladd_at(ctx, dqkv, 2 * D), .d_o = d_o};
 }
 
+/* The residual stream after a branch, which forward did not keep. */
+static ladd_status residual_again(const ladd_context *ctx, ladd_act *out, const ladd_act *in, const ladd_act *branch,
+                                  const struct ladd_mmdit_saved *s, int gate, int tokens) {
+    LADD_K(ctx, gate_residual_forward, out, in, branch, mod_row(ctx, s, gate), s->mod_rows, s->B, tokens, s->model->D);
+    return LADD_OK;
+}
+
 /* s->dx, s->dy: gradients at the block's exit on entry, at its entrance on return. */
 static ladd_status block_backward(const ladd_context *ctx, struct ladd_mmdit_saved *s, const ladd_weights *w, int i) {
     const ladd_mmdit_block_params *p = &s->model->blocks[i];
@@ -409,11 +419,17 @@ static ladd_status block_backward(const ladd_context *ctx, struct ladd_mmdit_sav
     int heads = c->num_attention_heads, dh = c->attention_head_dim, B = s->B, N = s->N, T = s->T, D = s->model->D;
     float scale = attention_scale(dh);
 
+    LADD_TRY(residual_again(ctx, b->x.mid, b->x.in, b->x.a, s, p->x.mod.gate1, N));
+    if (c->dual[i]) LADD_TRY(residual_again(ctx, b->x.mid, b->x.mid, b->dual_a, s, p->x.mod.dual_gate, N));
     LADD_TRY(feed_forward_and_add_backward(ctx, s->dx, s->branch_x, &b->x, w, &p->x, s, N));
-    if (i < s->last) LADD_TRY(feed_forward_and_add_backward(ctx, s->dy, s->branch_y, &b->y, w, &p->y, s, T));
+    if (i < s->last) {
+        LADD_TRY(residual_again(ctx, b->y.mid, b->y.in, b->y.a, s, p->y.mod.gate1, T));
+        LADD_TRY(feed_forward_and_add_backward(ctx, s->dy, s->branch_y, &b->y, w, &p->y, s, T));
+    }
     /* both attentions see the same residual gradient; what LN(in) receives joins it only afterwards */
     if (c->dual[i]) {
         LADD_TRY(project_and_add_backward(ctx, s->d_o_x, s->branch_x, s->dx, b->dual_a, b->dual_o, w, &p->dual_out, s, p->x.mod.dual_gate, N));
+        LADD_TRY(ladd_qkv_normalise(ctx, &b->dual_qkv, w, &p->dual_qkv, B * N, heads, dh));
         ladd_stream alone = ladd_qkv_stream(ctx, &b->dual_qkv, b->dual_o, N, heads, dh);
         ladd_stream_grad alone_grad = stream_grad(ctx, s->dqkv_x, s->d_o_x, D);
         LADD_K(ctx, attention_backward, &alone_grad, &alone, 1, b->dual_lse, B, heads, dh, scale);
@@ -425,6 +441,8 @@ static ladd_status block_backward(const ladd_context *ctx, struct ladd_mmdit_sav
         LADD_TRY(project_and_add_backward(ctx, s->d_o_y, s->branch_y, s->dy, b->y.a, b->y.o, w, &p->y.out, s, p->y.mod.gate1, T));
     else
         LADD_K(ctx, zero, s->d_o_y, (int64_t)B * T * D);
+    LADD_TRY(ladd_qkv_normalise(ctx, &b->x.qkv, w, &p->x.qkv, B * N, heads, dh));
+    LADD_TRY(ladd_qkv_normalise(ctx, &b->y.qkv, w, &p->y.qkv, B * T, heads, dh));
     ladd_stream streams[2] = {ladd_qkv_stream(ctx, &b->x.qkv, b->x.o, N, heads, dh), ladd_qkv_stream(ctx, &b->y.qkv, b->y.o, T, heads, dh)};
     ladd_stream_grad grads[2] = {stream_grad(ctx, s->dqkv_x, s->d_o_x, D), stream_grad(ctx, s->dqkv_y, s->d_o_y, D)};
     LADD_K(ctx, attention_backward, grads, streams, 2, b->lse, B, heads, dh, scale);
