@@ -15,8 +15,7 @@ enum {
 };
 
 struct group_sizes {
-    int C, L, G, channels; /* channels: of a group */
-    int64_t n;             /* elements of a group */
+    int C, L, G, channels, n; /* channels and elements of a group */
     float eps;
 };
 
@@ -29,9 +28,9 @@ __device__ __forceinline__ float group_activate(float v) {
 
 /* One vector of group bg: normalised, scaled, activated, stored. e: its place in the group; a vector never spans two channels. */
 template <typename T, int V, bool SILU>
-__device__ __forceinline__ void group_finish(T *y, float (&x)[V], float mean, float rstd, const T *gamma, const T *beta, int g, int64_t e,
+__device__ __forceinline__ void group_finish(T *y, float (&x)[V], float mean, float rstd, const T *gamma, const T *beta, int g, int e,
                                              const group_sizes &s) {
-    const int c = g * s.channels + (int)(e / s.L);
+    const int c = g * s.channels + e / s.L;
     const float scale = rstd * ladd_to_float(gamma[c]), shift = ladd_to_float(beta[c]);
 #pragma unroll
     for (int j = 0; j < V; j++) x[j] = group_activate<SILU>((x[j] - mean) * scale + shift);
@@ -45,13 +44,14 @@ __global__ void __launch_bounds__(LADD_BLOCK)
     group_forward_kernel(T *y, float *mean, float *rstd, float2 *moments, const T *x, const T *gamma, const T *beta, group_sizes s, int slices) {
     constexpr int SLICE = LADD_BLOCK * V * GROUP_ITEMS;
     __shared__ float shared[LADD_WARP];
-    const int64_t bg = blockIdx.x / slices, first = (int64_t)(blockIdx.x % slices) * SLICE;
-    const int count = (int)(s.n - first < SLICE ? s.n - first : SLICE);
+    const int64_t bg = blockIdx.x / slices;
+    const int first = (int)(blockIdx.x % slices) * SLICE;
+    const int count = s.n - first < SLICE ? s.n - first : SLICE;
     const T *from = x + bg * s.n + first;
     float value[GROUP_ITEMS][V], sum[1] = {0.0f};
 #pragma unroll
     for (int i = 0; i < GROUP_ITEMS; i++) {
-        const int e = (i * LADD_BLOCK + threadIdx.x) * V;
+        const int e = (i * LADD_BLOCK + (int)threadIdx.x) * V;
         if (e < count) {
             ladd_load<T, V>(value[i], from + e);
 #pragma unroll
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(LADD_BLOCK)
     sum[0] = 0.0f;
 #pragma unroll
     for (int i = 0; i < GROUP_ITEMS; i++)
-        if ((i * LADD_BLOCK + threadIdx.x) * V < count)
+        if ((i * LADD_BLOCK + (int)threadIdx.x) * V < count)
 #pragma unroll
             for (int j = 0; j < V; j++) sum[0] += (value[i][j] - m) * (value[i][j] - m);
     ladd_block_sum(sum, shared);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(LADD_BLOCK)
     if (threadIdx.x == 0) mean[bg] = m, rstd[bg] = r;
 #pragma unroll
     for (int i = 0; i < GROUP_ITEMS; i++) {
-        const int e = (i * LADD_BLOCK + threadIdx.x) * V;
+        const int e = (i * LADD_BLOCK + (int)threadIdx.x) * V;
         if (e < count) group_finish<T, V, SILU>(y + bg * s.n, value[i], m, r, gamma, beta, (int)(bg % s.G), e, s);
     }
 }
@@ -105,11 +105,12 @@ template <typename T, int V, bool SILU>
 __global__ void __launch_bounds__(LADD_BLOCK)
     group_apply_kernel(T *y, const float *mean, const float *rstd, const T *x, const T *gamma, const T *beta, group_sizes s, int slices) {
     constexpr int SLICE = LADD_BLOCK * V * GROUP_ITEMS;
-    const int64_t bg = blockIdx.x / slices, first = (int64_t)(blockIdx.x % slices) * SLICE;
+    const int64_t bg = blockIdx.x / slices;
+    const int first = (int)(blockIdx.x % slices) * SLICE;
     const float m = mean[bg], r = rstd[bg];
 #pragma unroll 4
     for (int i = 0; i < GROUP_ITEMS; i++) {
-        const int64_t e = first + (i * LADD_BLOCK + threadIdx.x) * V;
+        const int e = first + (i * LADD_BLOCK + (int)threadIdx.x) * V;
         float value[V];
         if (e >= s.n) break;
         ladd_load<T, V>(value, x + bg * s.n + e);
@@ -182,14 +183,16 @@ template <typename T, int V, bool SILU>
 __global__ void __launch_bounds__(LADD_BLOCK) group_backward_kernel(T *dx, const T *dy, const T *x, const float *mean, const float *rstd,
                                                                     const float2 *means, const T *gamma, const T *beta, group_sizes s, int slices) {
     constexpr int SLICE = LADD_BLOCK * V * GROUP_ITEMS;
-    const int64_t bg = blockIdx.x / slices, first = (int64_t)(blockIdx.x % slices) * SLICE;
+    const int64_t bg = blockIdx.x / slices;
+    const int first = (int)(blockIdx.x % slices) * SLICE;
     const float m = mean[bg], r = rstd[bg];
     const float2 group = means[bg];
 #pragma unroll 2
     for (int i = 0; i < GROUP_ITEMS; i++) {
-        const int64_t e = first + (i * LADD_BLOCK + threadIdx.x) * V, at = bg * s.n + e;
+        const int e = first + (i * LADD_BLOCK + (int)threadIdx.x) * V;
+        const int64_t at = bg * s.n + e;
         if (e >= s.n) break;
-        const int c = (int)(bg % s.G) * s.channels + (int)(e / s.L);
+        const int c = (int)(bg % s.G) * s.channels + e / s.L;
         const float scale = ladd_to_float(gamma[c]), shift = ladd_to_float(beta[c]);
         float d[V], v[V];
         ladd_load<T, V>(d, dy + at);
@@ -217,7 +220,9 @@ __global__ void __launch_bounds__(LADD_BLOCK) group_parameters_kernel(float *dga
 
 static ladd_status group_check(group_sizes *s, int C, int L, int G, float eps) {
     if (G < 1 || C % G) return ladd_fail(LADD_ERR_VALUE, "group norm: a number of channels divisible by its %d groups expected, got %d", G, C);
-    s->C = C, s->L = L, s->G = G, s->channels = C / G, s->n = (int64_t)s->channels * L, s->eps = eps;
+    const int64_t n = (int64_t)(C / G) * L;
+    if (n > 1 << 30) return ladd_fail(LADD_ERR_VALUE, "group norm: at most %d elements of a group expected, got %lld", 1 << 30, (long long)n);
+    s->C = C, s->L = L, s->G = G, s->channels = C / G, s->n = (int)n, s->eps = eps;
     return LADD_OK;
 }
 
@@ -236,7 +241,7 @@ static ladd_status group_forward(LADD_CTX, T *y, float *mean, float *rstd, const
     float2 *moments = static_cast<float2 *>(scratch);
     LADD_TRY(
         LADD_LAUNCH(ctx, (group_forward_kernel<T, V, false, SILU>), blocks, LADD_BLOCK, 0, y, mean, rstd, moments, x, gamma, beta, s, (int)slices));
-    LADD_TRY(LADD_LAUNCH(ctx, group_join_kernel, joins, LADD_BLOCK, 0, mean, rstd, moments, groups, s.n, (int)slices, SLICE, s.eps));
+    LADD_TRY(LADD_LAUNCH(ctx, group_join_kernel, joins, LADD_BLOCK, 0, mean, rstd, moments, groups, (int64_t)s.n, (int)slices, SLICE, s.eps));
     return LADD_LAUNCH(ctx, (group_apply_kernel<T, V, SILU>), blocks, LADD_BLOCK, 0, y, mean, rstd, x, gamma, beta, s, (int)slices);
 }
 

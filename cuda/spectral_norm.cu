@@ -86,17 +86,24 @@ __global__ void __launch_bounds__(LADD_BLOCK)
 }
 
 /* partial[R] = sum of dw_hat w_hat over a row: a warp a row. */
-template <typename T>
+template <typename T, int V>
 __global__ void __launch_bounds__(LADD_BLOCK) spectral_along_kernel(double *partial, const float *dw_hat, const T *w_hat, int R, int K) {
     const int lane = threadIdx.x % LADD_WARP, r = blockIdx.x * SPECTRAL_WARPS + threadIdx.x / LADD_WARP;
     if (r >= R) return;
     float sum = 0.0f;
-    for (int k = lane; k < K; k += LADD_WARP) sum += dw_hat[(int64_t)r * K + k] * ladd_to_float(w_hat[(int64_t)r * K + k]);
+    for (int k = lane * V; k < K; k += LADD_WARP * V) {
+        float d[V], w[V];
+        ladd_load<float, V>(d, dw_hat + (int64_t)r * K + k);
+        ladd_load<T, V>(w, w_hat + (int64_t)r * K + k);
+#pragma unroll
+        for (int i = 0; i < V; i++) sum += d[i] * w[i];
+    }
     sum = ladd_warp_sum(sum);
     if (lane == 0) partial[r] = (double)sum;
 }
 
 /* dw += (dw_hat - (sum of partial) u v^T) / sigma: a block a row. */
+template <int V>
 __global__ void __launch_bounds__(LADD_BLOCK) spectral_gradient_kernel(float *dw, const float *dw_hat, const float *u, const float *v,
                                                                        const float *sigma, const double *partial, int R, int K) {
     __shared__ double shared[LADD_WARP];
@@ -105,7 +112,15 @@ __global__ void __launch_bounds__(LADD_BLOCK) spectral_gradient_kernel(float *dw
     for (int i = threadIdx.x; i < R; i += LADD_BLOCK) along[0] += partial[i];
     ladd_block_sum(along, shared);
     const float row = (float)along[0] * u[r], scale = 1.0f / *sigma;
-    for (int k = threadIdx.x; k < K; k += LADD_BLOCK) dw[(int64_t)r * K + k] += (dw_hat[(int64_t)r * K + k] - row * v[k]) * scale;
+    for (int k = threadIdx.x * V; k < K; k += LADD_BLOCK * V) {
+        float d[V], g[V], x[V];
+        ladd_load<float, V>(d, dw_hat + (int64_t)r * K + k);
+        ladd_load<float, V>(g, dw + (int64_t)r * K + k);
+        ladd_load<float, V>(x, v + k);
+#pragma unroll
+        for (int i = 0; i < V; i++) g[i] += (d[i] - row * x[i]) * scale;
+        ladd_store<float, V>(dw + (int64_t)r * K + k, g);
+    }
 }
 
 template <typename T>
@@ -133,11 +148,16 @@ static ladd_status spectral_forward(LADD_CTX, T *w_hat, float *u, float *v, floa
 template <typename T>
 static ladd_status spectral_backward(LADD_CTX, float *dw, const float *dw_hat, const T *w_hat, const float *u, const float *v, const float *sigma,
                                      int R, int K) {
-    void *partial;
-    LADD_TRY(ladd_cuda_scratch(ctx, &partial, SPECTRAL_SLOT, (size_t)R * sizeof(double)));
-    LADD_TRY(LADD_LAUNCH(ctx, (spectral_along_kernel<T>), (unsigned)ladd_ceil_div(R, SPECTRAL_WARPS), LADD_BLOCK, 0, (double *)partial, dw_hat, w_hat,
-                         R, K));
-    return LADD_LAUNCH(ctx, spectral_gradient_kernel, (unsigned)R, LADD_BLOCK, 0, dw, dw_hat, u, v, sigma, (const double *)partial, R, K);
+    void *scratch;
+    LADD_TRY(ladd_cuda_scratch(ctx, &scratch, SPECTRAL_SLOT, (size_t)R * sizeof(double)));
+    double *partial = static_cast<double *>(scratch);
+    const unsigned rows = (unsigned)ladd_ceil_div(R, SPECTRAL_WARPS);
+    if (K % 8 == 0 && ladd_aligned16(dw, dw_hat, w_hat, v)) {
+        LADD_TRY(LADD_LAUNCH(ctx, (spectral_along_kernel<T, LADD_VEC<T>>), rows, LADD_BLOCK, 0, partial, dw_hat, w_hat, R, K));
+        return LADD_LAUNCH(ctx, spectral_gradient_kernel<4>, (unsigned)R, LADD_BLOCK, 0, dw, dw_hat, u, v, sigma, partial, R, K);
+    }
+    LADD_TRY(LADD_LAUNCH(ctx, (spectral_along_kernel<T, 1>), rows, LADD_BLOCK, 0, partial, dw_hat, w_hat, R, K));
+    return LADD_LAUNCH(ctx, spectral_gradient_kernel<1>, (unsigned)R, LADD_BLOCK, 0, dw, dw_hat, u, v, sigma, partial, R, K);
 }
 
 ladd_status LADD_CUDA(spectral_norm_forward)(LADD_CTX, ladd_act *w_hat, float *u, float *v, float *sigma, const float *w, int R, int K_,
