@@ -145,6 +145,15 @@ def test_bad_ladd_json(folder: Path, tmp_path: Path, change: dict[str, Any], mes
         ladd.Pipeline.from_pretrained(tmp_path)
 
 
+def test_a_folder_with_the_shipped_model_s_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openmoji").symlink_to(folder)
+    here = ladd.Pipeline.from_pretrained("./openmoji").model.config
+    assert here == ladd.Pipeline.from_pretrained(Path("openmoji")).model.config
+    with pytest.warns(UserWarning, match="is the model that comes with the package, not the folder of that name here"):
+        assert ladd.Pipeline.from_pretrained("openmoji").model.config != here
+
+
 def test_a_folder_that_is_not_there() -> None:
     with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
         ladd.Pipeline.from_pretrained("stabilityai/sd-turbo")

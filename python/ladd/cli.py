@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: out/demo")
-    sub.add_argument("--minutes", type=float, default=5.0, help="of distillation (default: 5)")
+    sub.add_argument("--minutes", type=float, default=5.0, metavar="N", help="of distillation (default: 5)")
 
 
 def _add_sample(sub: argparse.ArgumentParser) -> None:
@@ -146,12 +146,12 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", nargs="?", default="openmoji", help='a pipeline folder, or "openmoji" (default)')
     sub.add_argument("--out", type=Path, metavar="DIR", help="where evaluation.json and evaluation.md go (default: the table is only printed)")
-    sub.add_argument("--pictures", type=int, help="a row and seed")
-    sub.add_argument("--held-out-pictures", type=int, help="the same for held-out prompts")
-    sub.add_argument("--seeds", type=int, nargs="+", help="each is a repetition")
-    sub.add_argument("--splits", nargs="+", help="groups of prompts to measure")
-    sub.add_argument("--guidance-scale", type=float, help="of the guided rows (default: the teacher's own)")
-    sub.add_argument("--batch", type=int, help="pictures computed at once")
+    sub.add_argument("--pictures", type=int, metavar="N", help="for each row and seed (default: 1024)")
+    sub.add_argument("--held-out-pictures", type=int, metavar="N", help="the same for held-out prompts (default: 256)")
+    sub.add_argument("--seeds", type=int, nargs="+", metavar="N", help="each is a repetition (default: 0 1 2)")
+    sub.add_argument("--splits", nargs="+", metavar="NAME", help="groups of prompts: train, base, combination (default: all)")
+    sub.add_argument("--guidance-scale", type=float, metavar="G", help="of the guided rows (default: the teacher's own)")
+    sub.add_argument("--batch", type=int, metavar="N", help="pictures computed at once (default: 32)")
     sub.add_argument("--classifier", type=Path, metavar="DIR", help="the feature network (default: the shipped one)")
 
 
@@ -258,9 +258,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from .models import MMDiT
-    from .pipeline import PRETRAINED, Pipeline, model_names, save_pipeline
+    from .pipeline import Pipeline, model_names, pipeline_folder, save_pipeline
 
-    source = PRETRAINED / "openmoji" if options.source == "openmoji" else Path(options.source)
+    source = pipeline_folder(options.source)
     if options.target.exists() and (options.target.is_file() or any(options.target.iterdir())):
         raise FileExistsError(f"{options.target} exists already; export writes a new file or folder")
     if (source / "ladd.json").is_file() and options.which is None and options.layout == "diffusers":
@@ -339,10 +339,10 @@ def _describe_gpu() -> dict[str, Any] | str:
 def _describe_path(given: str) -> dict[str, Any]:
     """What a pipeline, folder or file holds, from headers and configurations alone."""
     from .config import load_json, to_dict
-    from .pipeline import PRETRAINED, model_names, read_settings
+    from .pipeline import model_names, pipeline_folder, read_settings
     from .weights import load_autoencoder, load_mmdit
 
-    path = PRETRAINED / "openmoji" if given == "openmoji" else Path(given)
+    path = pipeline_folder(given)
     if (path / "ladd.json").is_file():
         parts = {}
         for name in model_names(path):

@@ -252,9 +252,9 @@ def distil(model: str | Path, latents: Path, folder: Path, minutes: float, batch
 
 def published_table(model: str | Path) -> dict[str, Any] | None:
     """The evaluation.json that a model carries, if it does."""
-    from .pipeline import PRETRAINED
+    from .pipeline import pipeline_folder
 
-    path = (PRETRAINED / "openmoji" if str(model) == "openmoji" else Path(model)) / "evaluation.json"
+    path = pipeline_folder(model) / "evaluation.json"
     return load_json(path) if path.exists() else None
 
 

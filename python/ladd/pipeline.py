@@ -142,7 +142,7 @@ class Pipeline:
         device: "cpu", "cuda" or "cuda:1"; dtype: "float32"; "bfloat16" (on the CPU: products only, and an error where it has
         no AVX512_BF16); on a GPU also "float16". Text is encoded on the CPU.
         """
-        folder = PRETRAINED / "openmoji" if str(path) == "openmoji" else Path(path)
+        folder = pipeline_folder(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)")
         settings = read_settings(folder, model)
@@ -305,6 +305,16 @@ def _chunks(count: int, batch_size: int, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(starts, desc="sampling", unit="batch")
+
+
+def pipeline_folder(path: str | Path) -> Path:
+    """Where a pipeline lies. The string "openmoji" names the model in the package; a folder of that name here is ./openmoji, or a Path."""
+    if path != "openmoji":
+        return Path(path)
+    if Path("openmoji", "ladd.json").exists():
+        text = '"openmoji" is the model that comes with the package, not the folder of that name here; the folder is "./openmoji"'
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return PRETRAINED / "openmoji"
 
 
 def model_names(folder: str | Path) -> list[str]:

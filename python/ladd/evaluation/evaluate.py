@@ -414,9 +414,9 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def load_pipelines(model: str | Path) -> dict[str, Pipeline]:
     """The transformers of a model by name; measured are those named "teacher" and "student"."""
-    from ..pipeline import PRETRAINED, Pipeline, model_names
+    from ..pipeline import Pipeline, model_names, pipeline_folder
 
-    folder = PRETRAINED / "openmoji" if str(model) == "openmoji" else Path(model)
+    folder = pipeline_folder(model)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)")
     found = {name: Pipeline.from_pretrained(folder, model=name) for name in model_names(folder) if name in ("teacher", "student")}
