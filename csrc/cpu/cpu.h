@@ -8,6 +8,9 @@
  * (or intrinsics beside their plain loop, under #if defined(__AVX512F__) or __AVX2__), defines `ladd_status LADD_CPU(name)(...)` for each of its
  * rows, and names its static helpers after its family, for the files share one translation unit. dispatch.c picks the table at run time by CPUID, or
  * by the environment variable LADD_CPU=avx512bf16|avx512|avx2|plain. */
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wunknown-pragmas" /* GCC ivdep: a hint, clang checks for overlap as the loop runs */
+#endif
 #define LADD_PASTE_(a, b, c) a##b##_##c
 #define LADD_PASTE(a, b, c) LADD_PASTE_(a, b, c)
 #ifdef LADD_ISA
