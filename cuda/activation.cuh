@@ -1,5 +1,5 @@
-/* The activations as functions of one number, for the kernels that end in one. The slopes are taken for any x and replaced by their limits where |x| is
- * so large that they are 0 or 1 to the last bit: 0 * inf could arise. expf, not __expf: its error would show in float32. */
+/* The activations as functions of one number, for the kernels that end in one. The slopes are taken for any x and replaced by their limits where |x|
+ * is so large that they are 0 or 1 to the last bit: 0 * inf could arise. expf, not __expf: its error would show in float32. */
 #ifndef LADD_ACTIVATION_CUH
 #define LADD_ACTIVATION_CUH
 #include "common.cuh"

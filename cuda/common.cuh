@@ -27,38 +27,37 @@ LADD_KERNELS(LADD_PROTOTYPE)
  * kernel with template arguments is put in parentheses. Dynamic shared memory is LADD_DYNAMIC_SHARED(type, name) in the kernel: 16-byte aligned. A
  * kernel that wants more than 48 KB of it says so before with LADD_ALLOW_SHARED(ctx, kernel, bytes). */
 #ifdef __CUDACC__
-#define LADD_LAUNCH(ctx, kernel, grid, block, shared_bytes, ...)                             \
-    (kernel<<<(grid), (block), (shared_bytes), ladd_cuda((ctx))->stream>>>(__VA_ARGS__),     \
+#define LADD_LAUNCH(ctx, kernel, grid, block, shared_bytes, ...)                         \
+    (kernel<<<(grid), (block), (shared_bytes), ladd_cuda((ctx))->stream>>>(__VA_ARGS__), \
      ladd_cuda_check((ctx), cudaGetLastError(), "launch of " #kernel))
-#define LADD_DYNAMIC_SHARED(type, name)                                \
+#define LADD_DYNAMIC_SHARED(type, name)                                  \
     extern __shared__ __align__(16) unsigned char ladd_dynamic_shared[]; \
     type *name = reinterpret_cast<type *>(ladd_dynamic_shared)
 #else
-#define LADD_LAUNCH(ctx, kernel, grid, block, shared_bytes, ...)                                                                          \
+#define LADD_LAUNCH(ctx, kernel, grid, block, shared_bytes, ...)                                                                           \
     ladd_cuda_check((ctx), ladd_emulator::launch(#kernel, kernel, (grid), (block), (shared_bytes), ladd_cuda((ctx))->stream, __VA_ARGS__), \
                     "launch of " #kernel)
 #define LADD_DYNAMIC_SHARED(type, name) type *name = static_cast<type *>(ladd_emulator::dynamic_shared())
 #endif
-#define LADD_ALLOW_SHARED(ctx, kernel, bytes)                                                                                        \
-    ladd_cuda_check((ctx), cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)), \
-                    "shared memory of " #kernel)
+#define LADD_ALLOW_SHARED(ctx, kernel, bytes) \
+    ladd_cuda_check((ctx), cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)), "shared memory of " #kernel)
 
 /* Runs the statement with T as the context's compute type: LADD_CUDA_DISPATCH(ctx, T, return add(ctx, (T *)y, (const T *)a, n)); */
-#define LADD_CUDA_DISPATCH(ctx, T, ...)                                                                        \
-    switch ((ctx)->act) {                                                                                      \
-        case LADD_F32: {                                                                                       \
-            using T = float;                                                                                   \
-            __VA_ARGS__;                                                                                       \
-        } break;                                                                                               \
-        case LADD_BF16: {                                                                                      \
-            using T = __nv_bfloat16;                                                                           \
-            __VA_ARGS__;                                                                                       \
-        } break;                                                                                               \
-        case LADD_F16: {                                                                                       \
-            using T = __half;                                                                                  \
-            __VA_ARGS__;                                                                                       \
-        } break;                                                                                               \
-    }                                                                                                          \
+#define LADD_CUDA_DISPATCH(ctx, T, ...) \
+    switch ((ctx)->act) {               \
+        case LADD_F32: {                \
+            using T = float;            \
+            __VA_ARGS__;                \
+        } break;                        \
+        case LADD_BF16: {               \
+            using T = __nv_bfloat16;    \
+            __VA_ARGS__;                \
+        } break;                        \
+        case LADD_F16: {                \
+            using T = __half;           \
+            __VA_ARGS__;                \
+        } break;                        \
+    }                                   \
     return ladd_fail(LADD_ERR_RUNTIME, "a compute type of float32, bfloat16 or float16 expected, got number %d", (int)(ctx)->act)
 
 /* Threads of a block where a kernel has no reason for another number. */
@@ -151,8 +150,8 @@ __device__ __forceinline__ float ladd_warp_max(float x) {
     return x;
 }
 
-/* K sums over a one-dimensional block of whole warps (at most 32); every thread gets the results. `shared` [K * 32] may be used again at once: there is
- * a barrier before and behind. */
+/* K sums over a one-dimensional block of whole warps (at most 32); every thread gets the results. `shared` [K * 32] may be used again at once: there
+ * is a barrier before and behind. */
 template <int K, typename F>
 __device__ __forceinline__ void ladd_block_sum(F (&x)[K], F *shared) {
     const int lane = threadIdx.x % LADD_WARP, warp = threadIdx.x / LADD_WARP, warps = blockDim.x / LADD_WARP;
@@ -167,8 +166,8 @@ __device__ __forceinline__ void ladd_block_sum(F (&x)[K], F *shared) {
     for (int k = 0; k < K; k++) x[k] = ladd_warp_sum(lane < warps ? shared[k * LADD_WARP + lane] : F(0));
 }
 
-/* The second pass of a reduction in two: out[b * stride + i] = (or +=) sum over c of parts[b, c, i]; parts[B, chunks, n] float. A block takes 32 columns;
- * warp s adds chunks s, s + 8, ... in order, then the eight sums are added in order. */
+/* The second pass of a reduction in two: out[b * stride + i] = (or +=) sum over c of parts[b, c, i]; parts[B, chunks, n] float. A block takes 32
+ * columns; warp s adds chunks s, s + 8, ... in order, then the eight sums are added in order. */
 template <typename Out, bool ACCUMULATE>
 __global__ void __launch_bounds__(LADD_BLOCK) ladd_sum_parts_kernel(Out *out, int64_t stride, const float *parts, int chunks, int n) {
     constexpr int SLICES = LADD_BLOCK / LADD_WARP;
@@ -196,8 +195,8 @@ static inline ladd_status ladd_sum_parts(const ladd_context *ctx, Out *out, int6
 
 /* ---- elementwise ----------------------------------------------------------------------------------------------------- */
 
-/* y[i] = op(a[i], b[i], y[i]) for i < n: what is not read is NULL and comes as 0. V elements a thread in 16-byte accesses, a scalar tail. y may be a or b.
- * `op` is a struct with `__device__ float operator()(float a, float b, float y) const`, and READS_Y. */
+/* y[i] = op(a[i], b[i], y[i]) for i < n: what is not read is NULL and comes as 0. V elements a thread in 16-byte accesses, a scalar tail. y may be a
+ * or b. `op` is a struct with `__device__ float operator()(float a, float b, float y) const`, and READS_Y. */
 template <int V, typename T, typename Op>
 __global__ void __launch_bounds__(LADD_BLOCK) ladd_map_kernel(T *y, const T *a, const T *b, int64_t n, Op op) {
     const int64_t i = ((int64_t)blockIdx.x * LADD_BLOCK + threadIdx.x) * V;
@@ -210,6 +209,7 @@ __global__ void __launch_bounds__(LADD_BLOCK) ladd_map_kernel(T *y, const T *a, 
         for (int j = 0; j < V; j++) vy[j] = op(va[j], vb[j], vy[j]);
         ladd_store<T, V>(y + i, vy);
     } else {
+#pragma unroll 1
         for (int64_t j = i; j < n; j++) {
             const float result = op(a ? ladd_to_float(a[j]) : 0.0f, b ? ladd_to_float(b[j]) : 0.0f, Op::READS_Y ? ladd_to_float(y[j]) : 0.0f);
             y[j] = ladd_from_float<T>(result);
@@ -221,7 +221,8 @@ template <typename T, typename Op>
 static inline ladd_status ladd_map(const ladd_context *ctx, T *y, const T *a, const T *b, int64_t n, Op op) {
     if (n <= 0) return LADD_OK;
     if (ladd_aligned16(y, a, b))
-        return LADD_LAUNCH(ctx, (ladd_map_kernel<LADD_VEC<T>, T, Op>), (unsigned)ladd_ceil_div(n, LADD_BLOCK * LADD_VEC<T>), LADD_BLOCK, 0, y, a, b, n, op);
+        return LADD_LAUNCH(ctx, (ladd_map_kernel<LADD_VEC<T>, T, Op>), (unsigned)ladd_ceil_div(n, LADD_BLOCK * LADD_VEC<T>), LADD_BLOCK, 0, y, a, b,
+                           n, op);
     return LADD_LAUNCH(ctx, (ladd_map_kernel<1, T, Op>), (unsigned)ladd_ceil_div(n, LADD_BLOCK), LADD_BLOCK, 0, y, a, b, n, op);
 }
 

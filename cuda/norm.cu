@@ -21,9 +21,9 @@ static bool vectors(int D, int64_t mod_stride, const P *...pointers) {
 
 /* A warp takes a row. */
 template <int V, typename T>
-__global__ void __launch_bounds__(ROW_WARPS *LADD_WARP) layer_norm_forward_kernel(T *y, float *save_mean, float *save_rstd, const T *x, const T *shift,
-                                                                                  const T *scale, int64_t mod_stride, int64_t rows, int N, int D,
-                                                                                  float eps) {
+__global__ void __launch_bounds__(ROW_WARPS *LADD_WARP)
+    layer_norm_forward_kernel(T *y, float *save_mean, float *save_rstd, const T *x, const T *shift, const T *scale, int64_t mod_stride, int64_t rows,
+                              int N, int D, float eps) {
     const int lane = threadIdx.x % LADD_WARP;
     const int64_t row = (int64_t)blockIdx.x * ROW_WARPS + threadIdx.x / LADD_WARP;
     if (row >= rows) return;
@@ -84,9 +84,9 @@ ladd_status LADD_CUDA(layer_norm_modulate_forward)(LADD_CTX, ladd_act *y, float 
 /* A block takes CHUNK_ROWS tokens of one sample: first a warp a row for the two means of dx, then a thread for V columns of all rows, which also sums
  * dshift and dscale of the chunk. shift_parts, scale_parts [B, chunks, D] or NULL. */
 template <int V, typename T>
-__global__ void __launch_bounds__(LADD_BLOCK) layer_norm_backward_kernel(T *dx, float *shift_parts, float *scale_parts, const T *dy, const T *x,
-                                                                         const float *mean, const float *rstd, const T *scale, int64_t mod_stride, int N,
-                                                                         int D) {
+__global__ void __launch_bounds__(LADD_BLOCK)
+    layer_norm_backward_kernel(T *dx, float *shift_parts, float *scale_parts, const T *dy, const T *x, const float *mean, const float *rstd,
+                               const T *scale, int64_t mod_stride, int N, int D) {
     __shared__ float means[4][CHUNK_ROWS]; /* of a row: mean, rstd, mean of dxhat, mean of dxhat xhat times rstd */
     const int chunk = blockIdx.x, b = blockIdx.y, n = min(CHUNK_ROWS, N - chunk * CHUNK_ROWS);
     const int lane = threadIdx.x % LADD_WARP, warp = threadIdx.x / LADD_WARP;
@@ -152,26 +152,27 @@ static ladd_status layer_norm_backward(LADD_CTX, T *dx, T *dshift, T *dscale, co
     void *parts = nullptr;
     if (dshift) LADD_TRY(ladd_cuda_scratch(ctx, &parts, 0, 2 * sizeof(float) * (size_t)B * chunks * D));
     float *shift_parts = (float *)parts, *scale_parts = dshift ? shift_parts + (int64_t)B * chunks * D : nullptr;
-    LADD_TRY(LADD_LAUNCH(ctx, (layer_norm_backward_kernel<V, T>), dim3((unsigned)chunks, (unsigned)B), LADD_BLOCK, 0, dx, shift_parts, scale_parts, dy,
-                         x, mean, rstd, scale, mod_stride, N, D));
+    LADD_TRY(LADD_LAUNCH(ctx, (layer_norm_backward_kernel<V, T>), dim3((unsigned)chunks, (unsigned)B), LADD_BLOCK, 0, dx, shift_parts, scale_parts,
+                         dy, x, mean, rstd, scale, mod_stride, N, D));
     if (!dshift) return LADD_OK;
     LADD_TRY(ladd_sum_parts<false>(ctx, dshift, mod_stride, shift_parts, B, chunks, D));
     return ladd_sum_parts<false>(ctx, dscale, mod_stride, scale_parts, B, chunks, D);
 }
 
 ladd_status LADD_CUDA(layer_norm_modulate_backward)(LADD_CTX, ladd_act *dx, ladd_act *dshift, ladd_act *dscale, const ladd_act *dy, const ladd_act *x,
-                                                    const float *mean, const float *rstd, const ladd_act *scale, int64_t mod_stride, int B, int N, int D) {
+                                                    const float *mean, const float *rstd, const ladd_act *scale, int64_t mod_stride, int B, int N,
+                                                    int D) {
     if (!dscale) dshift = nullptr;
-    LADD_CUDA_DISPATCH(ctx, T,
-                       const auto run = vectors<T>(D, mod_stride, dx, dy, x, scale) ? layer_norm_backward<LADD_VEC<T>, T> : layer_norm_backward<1, T>;
-                       return run(ctx, (T *)dx, (T *)dshift, (T *)dscale, (const T *)dy, (const T *)x, mean, rstd, (const T *)scale, mod_stride, B, N, D));
+    LADD_CUDA_DISPATCH(
+        ctx, T, const auto run = vectors<T>(D, mod_stride, dx, dy, x, scale) ? layer_norm_backward<LADD_VEC<T>, T> : layer_norm_backward<1, T>;
+        return run(ctx, (T *)dx, (T *)dshift, (T *)dscale, (const T *)dy, (const T *)x, mean, rstd, (const T *)scale, mod_stride, B, N, D));
 }
 
 /* ---- gated residual -------------------------------------------------------------------------------------------------- */
 
 template <int V, typename T>
-__global__ void __launch_bounds__(ROW_WARPS *LADD_WARP) gate_forward_kernel(T *out, const T *x, const T *y, const T *gate, int64_t mod_stride,
-                                                                            int64_t rows, int N, int D) {
+__global__ void __launch_bounds__(ROW_WARPS *LADD_WARP)
+    gate_forward_kernel(T *out, const T *x, const T *y, const T *gate, int64_t mod_stride, int64_t rows, int N, int D) {
     const int64_t row = (int64_t)blockIdx.x * ROW_WARPS + threadIdx.x / LADD_WARP;
     if (row >= rows) return;
     gate += row / N * mod_stride;
@@ -189,20 +190,20 @@ __global__ void __launch_bounds__(ROW_WARPS *LADD_WARP) gate_forward_kernel(T *o
 template <int V, typename T>
 static ladd_status gate_forward(LADD_CTX, T *out, const T *x, const T *y, const T *gate, int64_t mod_stride, int B, int N, int D) {
     const int64_t rows = (int64_t)B * N;
-    return LADD_LAUNCH(ctx, (gate_forward_kernel<V, T>), (unsigned)ladd_ceil_div(rows, ROW_WARPS), ROW_WARPS * LADD_WARP, 0, out, x, y, gate, mod_stride,
-                       rows, N, D);
+    return LADD_LAUNCH(ctx, (gate_forward_kernel<V, T>), (unsigned)ladd_ceil_div(rows, ROW_WARPS), ROW_WARPS * LADD_WARP, 0, out, x, y, gate,
+                       mod_stride, rows, N, D);
 }
 
-ladd_status LADD_CUDA(gate_residual_forward)(LADD_CTX, ladd_act *out, const ladd_act *x, const ladd_act *y, const ladd_act *gate, int64_t mod_stride, int B,
-                                             int N, int D) {
+ladd_status LADD_CUDA(gate_residual_forward)(LADD_CTX, ladd_act *out, const ladd_act *x, const ladd_act *y, const ladd_act *gate, int64_t mod_stride,
+                                             int B, int N, int D) {
     LADD_CUDA_DISPATCH(ctx, T, const auto run = vectors<T>(D, mod_stride, out, x, y, gate) ? gate_forward<LADD_VEC<T>, T> : gate_forward<1, T>;
                        return run(ctx, (T *)out, (const T *)x, (const T *)y, (const T *)gate, mod_stride, B, N, D));
 }
 
 /* A block takes CHUNK_ROWS tokens of one sample, a thread V columns of them. parts [B, chunks, D] or NULL: then y is not read. */
 template <int V, typename T>
-__global__ void __launch_bounds__(LADD_BLOCK) gate_backward_kernel(T *dy, float *parts, const T *dout, const T *y, const T *gate, int64_t mod_stride, int N,
-                                                                   int D) {
+__global__ void __launch_bounds__(LADD_BLOCK)
+    gate_backward_kernel(T *dy, float *parts, const T *dout, const T *y, const T *gate, int64_t mod_stride, int N, int D) {
     const int chunk = blockIdx.x, b = blockIdx.y, n = min(CHUNK_ROWS, N - chunk * CHUNK_ROWS);
     const int64_t first = ((int64_t)b * N + chunk * CHUNK_ROWS) * D;
     gate += b * mod_stride;
@@ -276,8 +277,8 @@ __device__ __forceinline__ void load_head(float (&v)[HEAD_RUNS<V>][V], const T *
 }
 
 template <int V, typename T>
-__global__ void __launch_bounds__(LADD_BLOCK) rms_norm_forward_kernel(T *y, float *save_rstd, const T *x, const T *w, int64_t items, int heads, int dh,
-                                                                      int team, int64_t x_row, int64_t y_row, float eps) {
+__global__ void __launch_bounds__(LADD_BLOCK) rms_norm_forward_kernel(T *y, float *save_rstd, const T *x, const T *w, int64_t items, int heads,
+                                                                      int dh, int team, int64_t x_row, int64_t y_row, float eps) {
     const int64_t item = (int64_t)blockIdx.x * (LADD_BLOCK / team) + threadIdx.x / team, row = item / heads;
     const int member = threadIdx.x % team, head = (int)(item % heads) * dh;
     const bool valid = item < items;
@@ -306,12 +307,12 @@ static ladd_status check_head(int dh) {
 }
 
 template <int V, typename T>
-static ladd_status rms_norm_forward(LADD_CTX, T *y, float *rstd, const T *x, const T *w, int rows, int heads, int dh, ptrdiff_t x_row, ptrdiff_t y_row,
-                                    float eps) {
+static ladd_status rms_norm_forward(LADD_CTX, T *y, float *rstd, const T *x, const T *w, int rows, int heads, int dh, ptrdiff_t x_row,
+                                    ptrdiff_t y_row, float eps) {
     const int team = team_of<V>(dh);
     const int64_t items = (int64_t)rows * heads;
-    return LADD_LAUNCH(ctx, (rms_norm_forward_kernel<V, T>), (unsigned)ladd_ceil_div(items, LADD_BLOCK / team), LADD_BLOCK, 0, y, rstd, x, w, items, heads,
-                       dh, team, (int64_t)x_row, (int64_t)y_row, eps);
+    return LADD_LAUNCH(ctx, (rms_norm_forward_kernel<V, T>), (unsigned)ladd_ceil_div(items, LADD_BLOCK / team), LADD_BLOCK, 0, y, rstd, x, w, items,
+                       heads, dh, team, (int64_t)x_row, (int64_t)y_row, eps);
 }
 
 ladd_status LADD_CUDA(rms_norm_heads_forward)(LADD_CTX, ladd_act *y, float *rstd, const ladd_act *x, const ladd_act *w, int rows, int heads, int dh,
@@ -324,9 +325,9 @@ ladd_status LADD_CUDA(rms_norm_heads_forward)(LADD_CTX, ladd_act *y, float *rstd
 
 /* Each team takes HEAD_ROUNDS items; the block's share of dw goes to parts[block, dh] (NULL: skip), its teams added in order. */
 template <int V, typename T>
-__global__ void __launch_bounds__(LADD_BLOCK) rms_norm_backward_kernel(T *dx, float *parts, const T *dy, const T *x, const float *rstd, const T *w,
-                                                                       int64_t items, int heads, int dh, int team, int64_t x_row, int64_t dy_row,
-                                                                       int64_t dx_row) {
+__global__ void __launch_bounds__(LADD_BLOCK)
+    rms_norm_backward_kernel(T *dx, float *parts, const T *dy, const T *x, const float *rstd, const T *w, int64_t items, int heads, int dh, int team,
+                             int64_t x_row, int64_t dy_row, int64_t dx_row) {
     constexpr int K = HEAD_RUNS<V>;
     __shared__ float shared[LADD_BLOCK * K * V];
     const int teams = LADD_BLOCK / team, member = threadIdx.x % team;
@@ -379,8 +380,8 @@ static ladd_status rms_norm_backward(LADD_CTX, T *dx, float *dw, const T *dy, co
     const int64_t items = (int64_t)rows * heads, blocks = ladd_ceil_div(items, (int64_t)LADD_BLOCK / team * HEAD_ROUNDS);
     void *parts = nullptr;
     if (dw) LADD_TRY(ladd_cuda_scratch(ctx, &parts, 0, sizeof(float) * (size_t)blocks * dh));
-    LADD_TRY(LADD_LAUNCH(ctx, (rms_norm_backward_kernel<V, T>), (unsigned)blocks, LADD_BLOCK, 0, dx, (float *)parts, dy, x, rstd, w, items, heads, dh, team,
-                         (int64_t)x_row, (int64_t)dy_row, (int64_t)dx_row));
+    LADD_TRY(LADD_LAUNCH(ctx, (rms_norm_backward_kernel<V, T>), (unsigned)blocks, LADD_BLOCK, 0, dx, (float *)parts, dy, x, rstd, w, items, heads, dh,
+                         team, (int64_t)x_row, (int64_t)dy_row, (int64_t)dx_row));
     return dw ? ladd_sum_parts<true>(ctx, dw, 0, (const float *)parts, 1, (int)blocks, dh) : LADD_OK;
 }
 

@@ -1,5 +1,5 @@
-/* AdamW, squared norm and moving average over flat buffers of floats. Every product and sum is rounded by itself (the _rn functions are not contracted),
- * as on the CPU: so a step gives the CPU's bits. */
+/* AdamW, squared norm and moving average over flat buffers of floats. Every product and sum is rounded by itself (the _rn functions are not
+ * contracted), as on the CPU: so a step gives the CPU's bits. */
 #include "common.cuh"
 
 #include <cmath>
@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(LADD_BLOCK) adamw_kernel(float *p, float *m, f
         ladd_store<float, V>(m + i, vm);
         ladd_store<float, V>(v + i, vv);
     } else {
+#pragma unroll 1
         for (int64_t j = i; j < n; j++) adamw_element(p[j], m[j], v[j], g[j], a);
     }
 }
@@ -44,8 +45,8 @@ ladd_status LADD_CUDA(adamw)(LADD_CTX, float *p, float *m, float *v, const float
         return ladd_fail(LADD_ERR_VALUE, "adamw: betas in [0, 1) expected, got %g and %g", (double)beta1, (double)beta2);
     if (!(eps > 0.0f)) return ladd_fail(LADD_ERR_VALUE, "adamw: a positive eps expected, got %g", (double)eps);
     if (!std::isfinite(lr) || !std::isfinite(weight_decay) || !std::isfinite(grad_scale))
-        return ladd_fail(LADD_ERR_VALUE, "adamw: finite lr, weight_decay and grad_scale expected, got %g, %g and %g", (double)lr, (double)weight_decay,
-                         (double)grad_scale);
+        return ladd_fail(LADD_ERR_VALUE, "adamw: finite lr, weight_decay and grad_scale expected, got %g, %g and %g", (double)lr,
+                         (double)weight_decay, (double)grad_scale);
     if (n <= 0) return LADD_OK;
     /* m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps), its constants folded in double */
     const double correction1 = 1.0 - pow(beta1, (double)step), correction2 = 1.0 - pow(beta2, (double)step);
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(LADD_BLOCK) sum_squares_kernel(double *parts, 
 #pragma unroll
             for (int j = 0; j < V; j++) sum[0] += (double)v[j] * (double)v[j];
         } else {
+#pragma unroll 1
             for (int64_t j = i; j < n; j++) sum[0] += (double)x[j] * (double)x[j];
         }
     }

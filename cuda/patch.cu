@@ -16,7 +16,8 @@ __device__ __forceinline__ int64_t token_index(const patch_sizes &s, int b, int 
     return token * s.C * s.p * s.p + within;
 }
 
-/* A thread takes an element of the tokens; neighbours write neighbours. Latents are small beside everything else, so both directions go by element. */
+/* A thread takes an element of the tokens; neighbours write neighbours. Latents are small beside everything else, so both directions go by element.
+ */
 template <typename T>
 __global__ void __launch_bounds__(LADD_BLOCK) patch_gather_kernel(T *tokens, const T *image, patch_sizes s) {
     const int64_t i = (int64_t)blockIdx.x * LADD_BLOCK + threadIdx.x;
@@ -48,16 +49,18 @@ ladd_status LADD_CUDA(patch_gather)(LADD_CTX, ladd_act *tokens, const ladd_act *
     patch_sizes s;
     LADD_TRY(patch_check(&s, C, H, W, p, channel_last));
     s.n = (int64_t)B * s.h * s.w * C * p * p;
-    LADD_CUDA_DISPATCH(ctx, T, return LADD_LAUNCH(ctx, patch_gather_kernel<T>, (unsigned)ladd_ceil_div(s.n, LADD_BLOCK), LADD_BLOCK, 0, (T *)tokens,
-                                                  (const T *)image, s));
+    LADD_CUDA_DISPATCH(
+        ctx, T,
+        return LADD_LAUNCH(ctx, patch_gather_kernel<T>, (unsigned)ladd_ceil_div(s.n, LADD_BLOCK), LADD_BLOCK, 0, (T *)tokens, (const T *)image, s));
 }
 
 ladd_status LADD_CUDA(patch_scatter)(LADD_CTX, ladd_act *image, const ladd_act *tokens, int B, int C, int H, int W, int p, int channel_last) {
     patch_sizes s;
     LADD_TRY(patch_check(&s, C, H, W, p, channel_last));
     s.n = (int64_t)B * C * H * W;
-    LADD_CUDA_DISPATCH(ctx, T, return LADD_LAUNCH(ctx, patch_scatter_kernel<T>, (unsigned)ladd_ceil_div(s.n, LADD_BLOCK), LADD_BLOCK, 0, (T *)image,
-                                                  (const T *)tokens, s));
+    LADD_CUDA_DISPATCH(
+        ctx, T,
+        return LADD_LAUNCH(ctx, patch_scatter_kernel<T>, (unsigned)ladd_ceil_div(s.n, LADD_BLOCK), LADD_BLOCK, 0, (T *)image, (const T *)tokens, s));
 }
 
 /* ---- position table -------------------------------------------------------------------------------------------------- */
@@ -95,7 +98,8 @@ ladd_status LADD_CUDA(add_position)(LADD_CTX, ladd_act *x, const ladd_act *table
 
 /* ---- timestep features ----------------------------------------------------------------------------------------------- */
 
-/* The rounding steps of csrc/cpu/patch.c, which say why: exponent in float, exp in double rounded to float, product in float, sine and cosine in double. */
+/* The rounding steps of csrc/cpu/patch.c, which say why: exponent in float, exp in double rounded to float, product in float, sine and cosine in
+ * double. */
 template <typename T>
 __global__ void __launch_bounds__(LADD_BLOCK) timestep_features_kernel(T *f, const float *sigma, int dim) {
     const int half = dim / 2, i = blockIdx.x * LADD_BLOCK + threadIdx.x, b = blockIdx.y;

@@ -1,5 +1,6 @@
-"""The device's norms, gates and optimizer beyond the case table: modulations and heads inside of wider rows, sums that are added
-to, gradients that nobody asks for, results in the place of inputs, the CPU's numbers to the bit where they are promised.
+"""The device's norms, gates, transposes and optimizer beyond the case table: modulations and heads inside of wider rows, sums that
+are added to, gradients that nobody asks for, results in the place of inputs, the CPU's numbers to the bit where they are
+promised.
 """
 
 from __future__ import annotations
@@ -142,6 +143,13 @@ def test_timestep_features_are_the_cpus_to_a_rounding() -> None:
     wanted = _core.timestep_features(sigma, 256)
     assert np.abs(Core(device()).timestep_features(sigma, 256) - wanted).max() <= 6e-8
     assert np.abs(Core(device(), "float16").timestep_features(sigma, 256) - wanted).max() <= 2.0**-12
+
+
+@pytest.mark.parametrize("dtype", cuda_core.DTYPES)
+@pytest.mark.parametrize("shape", [(2, 72, 136), (1, 8, 64), (3, 128, 8)])
+def test_transpose_of_whole_vectors(dtype: str, shape: tuple[int, int, int]) -> None:
+    x = rounded(normal(13, *shape), dtype)
+    assert same_bits(Core(device(), dtype).transpose(x), x.transpose(0, 2, 1))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -6,7 +6,7 @@
 template <typename T>
 inline void ladd_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    const uint64_t(*all)[4] = ladd_emulator::exchange(0xffffffffu, mine, sizeof mine, __LINE__);
+    const uint64_t (*all)[4] = ladd_emulator::exchange(0xffffffffu, mine, sizeof mine, __LINE__);
     const int g = ladd_emulator::thread->lane / 4, t = ladd_emulator::thread->lane % 4;
     /* Element `half` of register r of a lane. */
     auto element = [&](int lane, int r, int half) {
@@ -29,7 +29,7 @@ inline void ladd_emulator_ldmatrix(uint32_t (&r)[N], const void *row, bool trans
     const int lane = ladd_emulator::thread->lane, g = lane / 4, t = lane % 4;
     if (lane < 8 * N && ((uintptr_t)row % 16 || !ladd_emulator::in_shared(row, 16)))
         ladd_emulator::fail("ldmatrix from %p: an address in shared memory expected, on 16 bytes", row);
-    const uint64_t(*all)[4] = ladd_emulator::exchange(0xffffffffu, &row, sizeof row, __LINE__);
+    const uint64_t (*all)[4] = ladd_emulator::exchange(0xffffffffu, &row, sizeof row, __LINE__);
     for (int i = 0; i < N; i++) {
         uint16_t low, high;
         auto element = [&](int y, int x) { return ((const uint16_t *)all[8 * i + y][0])[x]; };

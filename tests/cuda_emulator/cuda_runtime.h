@@ -52,14 +52,10 @@ static inline int ladd_emulator_up(int by, int width = 32) {
 
 /* ---- vectors --------------------------------------------------------------------------------------------------------- */
 
-#define LADD_EMULATOR_VECTORS(type, name)                                                                            \
-    struct alignas(2 * sizeof(type)) name##2 {                                                                       \
-        type x, y;                                                                                                   \
-    };                                                                                                               \
-    struct alignas(4 * sizeof(type)) name##4 {                                                                       \
-        type x, y, z, w;                                                                                             \
-    };                                                                                                               \
-    static inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                          \
+#define LADD_EMULATOR_VECTORS(type, name)                                   \
+    struct alignas(2 * sizeof(type)) name##2 { type x, y; };                \
+    struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };          \
+    static inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
     static inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 LADD_EMULATOR_VECTORS(float, float)
 LADD_EMULATOR_VECTORS(int, int)
@@ -81,6 +77,10 @@ static inline T __ldcs(const T *pointer) {
 }
 template <typename T>
 static inline void __stcs(T *pointer, T value) {
+    *pointer = value;
+}
+template <typename T>
+static inline void __stcg(T *pointer, T value) {
     *pointer = value;
 }
 #define __expf(x) expf(x) /* macros: the C library declares functions of these names */
@@ -130,12 +130,14 @@ static inline std::common_type_t<A, B> max(A a, B b) {
 
 /* ---- run time: memory.cpp -------------------------------------------------------------------------------------------- */
 
+/* clang-format off */
 #define LADD_EMULATOR_ERRORS(E) \
     E(InvalidValue, 1) E(MemoryAllocation, 2) E(InvalidConfiguration, 9) E(InsufficientDriver, 35) E(InvalidDeviceFunction, 98) \
     E(NoDevice, 100) E(InvalidDevice, 101) E(NoKernelImageForDevice, 209) E(ECCUncorrectable, 214) E(UnsupportedPtxVersion, 222) \
     E(NotReady, 600) E(IllegalAddress, 700) E(LaunchTimeout, 702) E(ContextIsDestroyed, 709) E(Assert, 710) E(HardwareStackError, 714) \
     E(IllegalInstruction, 715) E(MisalignedAddress, 716) E(InvalidAddressSpace, 717) E(InvalidPc, 718) E(LaunchFailure, 719) \
     E(SystemDriverMismatch, 803) E(StreamCaptureUnsupported, 900)
+/* clang-format on */
 enum cudaError_t : int {
     cudaSuccess = 0,
 #define LADD_EMULATOR_ERROR(name, number) cudaError##name = number,

@@ -55,7 +55,7 @@ struct Copy {
 struct Fiber : Thread {
     void *stack_pointer;
     State state;
-    int line; /* where it waits */
+    int line;  /* where it waits */
     int group; /* of asynchronous copies, the open one */
     std::vector<Copy> copies;
 };
@@ -129,8 +129,9 @@ void no_progress() {
         if (fibers[i].state == AT_WARP) warp_line = fibers[i].line;
     }
     thread = nullptr;
-    fail("all %d threads expected at a barrier or warp operation; %d wait at __syncthreads (line %d), %d in a warp operation (line %d), %d have ended",
-         n_threads, waiting_at_barrier, barrier_line, in_warp, warp_line, ended);
+    fail(
+        "all %d threads expected at a barrier or warp operation; %d wait at __syncthreads (line %d), %d in a warp operation (line %d), %d have ended",
+        n_threads, waiting_at_barrier, barrier_line, in_warp, warp_line, ended);
 }
 
 void run_block(const std::vector<int> &order) {
@@ -157,7 +158,8 @@ void run_block(const std::vector<int> &order) {
     }
     thread = nullptr;
     for (char *p = shared_end - SHARED_ROOM; p < shared_end - ((shared_size + 15) & ~(size_t)15); p++)
-        if (*p != (char)0xff) fail("a write before the start of dynamic shared memory (%zu bytes), %td bytes before its end", shared_size, shared_end - p);
+        if (*p != (char)0xff)
+            fail("a write before the start of dynamic shared memory (%zu bytes), %td bytes before its end", shared_size, shared_end - p);
 }
 
 /* Every thread order is a permutation; 0: first to last, 1: last to first, then shuffled with the number as seed. */
@@ -186,14 +188,17 @@ void on_signal(int number, siginfo_t *info, void *) {
         const char *at = static_cast<const char *>(info->si_addr);
         const std::string text = describe(at);
         if (!text.empty()) fail("an access to %s", text.c_str());
-        if (at >= shared_end && at < shared_end + 4096) fail("an access %td bytes past the end of dynamic shared memory (%zu bytes)", at - shared_end, shared_size);
+        if (at >= shared_end && at < shared_end + 4096)
+            fail("an access %td bytes past the end of dynamic shared memory (%zu bytes)", at - shared_end, shared_size);
         fail("an access to %p, which is no memory", info->si_addr);
     }
     Dl_info symbol = {};
     dladdr(info->si_addr, &symbol);
-    fail("a check of the compiler failed: an index outside of an array, a misaligned access, an integer overflow or division by zero (at offset 0x%tx of "
-         "%s)",
-         static_cast<char *>(info->si_addr) - static_cast<char *>(symbol.dli_fbase), symbol.dli_fname ? symbol.dli_fname : "?");
+    fail(
+        "a check of the compiler failed: an index outside of an array, a misaligned access, an integer overflow or division by zero (at offset 0x%tx "
+        "of "
+        "%s)",
+        static_cast<char *>(info->si_addr) - static_cast<char *>(symbol.dli_fbase), symbol.dli_fname ? symbol.dli_fname : "?");
 }
 
 /* Handlers for the time of a launch; Python's own come back after it. */
@@ -229,7 +234,7 @@ bool prepare_once() {
     return true;
 }
 
-} // namespace
+}  // namespace
 
 /* ---- what kernels call ----------------------------------------------------------------------------------------------- */
 
@@ -303,7 +308,8 @@ void taken() {
 
 void copy_async(void *shared, const void *global, bool valid) {
     if ((uintptr_t)shared % 16 || !in_shared(shared, 16)) fail("cp.async to %p: an address in shared memory expected, on 16 bytes", shared);
-    if (valid && ((uintptr_t)global % 16 || !in_device(global) || !global)) fail("cp.async from %p: an address in device memory expected, on 16 bytes", global);
+    if (valid && ((uintptr_t)global % 16 || !in_device(global) || !global))
+        fail("cp.async from %p: an address in device memory expected, on 16 bytes", global);
     Fiber *f = static_cast<Fiber *>(thread);
     Copy copy = {shared, {}, f->group};
     if (valid) memcpy(copy.bytes, global, 16);
@@ -339,9 +345,9 @@ cudaError_t run(const char *name, const void *kernel, dim3 grid, dim3 block, siz
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
     if (threads < 1 || threads > MAX_THREADS || block.z > 64 || grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
         grid.z > 65535)
-        return set_error(cudaErrorInvalidConfiguration, "kernel " + std::string(name) + ": no device takes a grid of " + std::to_string(grid.x) + " x " +
-                                                            std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " + std::to_string(threads) +
-                                                            " threads");
+        return set_error(cudaErrorInvalidConfiguration, "kernel " + std::string(name) + ": no device takes a grid of " + std::to_string(grid.x) +
+                                                            " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks of " +
+                                                            std::to_string(threads) + " threads");
     const auto allowed = allowed_shared.find(kernel);
     const size_t most = allowed == allowed_shared.end() ? (size_t)DEFAULT_SHARED : (size_t)allowed->second;
     if (shared_bytes > most)
@@ -374,14 +380,15 @@ cudaError_t run(const char *name, const void *kernel, dim3 grid, dim3 block, siz
             const std::string difference = order ? first.difference() : "";
             if (!difference.empty())
                 snprintf(message, sizeof message,
-                         "kernel %s: results depend on the order of threads or blocks (order %d): %s. A barrier is missing, or two threads write one place",
+                         "kernel %s: results depend on the order of threads or blocks (order %d): %s. A barrier is missing, or two threads write one "
+                         "place",
                          kernel_name, order, difference.c_str());
         }
     }
     return message[0] ? set_error(cudaErrorLaunchFailure, message) : cudaSuccess;
 }
 
-} // namespace ladd_emulator
+}  // namespace ladd_emulator
 
 /* How many orders each launch runs in: 1 saves time where the kernels themselves are not on trial. */
 extern "C" void ladd_emulator_set_orders(int n) { ladd_emulator::orders = std::max(1, n); }

@@ -1,8 +1,8 @@
 /* Runs CUDA kernels on the host, for tests: a kernel file of cuda/ is compiled as C++ with this folder before CUDA's own headers.
  *
- * A block runs at a time, its threads are fibers: each runs until it meets a barrier or a warp-wide operation. So a launch is deterministic for one order
- * of blocks and threads; it is run in several orders (first to last, last to first, shuffled) from the same memory, and memory must come out the same
- * bits: a missing barrier or two blocks that write the same place show. What else is an error, named with kernel, block and thread:
+ * A block runs at a time, its threads are fibers: each runs until it meets a barrier or a warp-wide operation. So a launch is deterministic for one
+ * order of blocks and threads; it is run in several orders (first to last, last to first, shuffled) from the same memory, and memory must come out
+ * the same bits: a missing barrier or two blocks that write the same place show. What else is an error, named with kernel, block and thread:
  *   - a barrier or a warp operation that not all of its threads reach, or reach in different lines;
  *   - an access outside of a device buffer or of dynamic shared memory (buffers end at a page that cannot be accessed; what lies between is watched);
  *   - a vector access that is not aligned, an index outside of a static array (the compiler's checks, which trap);
@@ -95,7 +95,7 @@ cudaError_t launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block
 template <typename V>
 V shuffle(uint32_t mask, V value, int from, int line) {
     static_assert(sizeof(V) <= 8, "a shuffle moves at most 8 bytes");
-    const uint64_t(*all)[4] = exchange(mask, &value, sizeof value, line);
+    const uint64_t (*all)[4] = exchange(mask, &value, sizeof value, line);
     V got;
     memcpy(&got, all[from & 31], sizeof got);
     taken();
@@ -104,7 +104,7 @@ V shuffle(uint32_t mask, V value, int from, int line) {
 }
 
 inline uint32_t vote(uint32_t mask, int predicate, int line) {
-    const uint64_t(*all)[4] = exchange(mask, &predicate, sizeof predicate, line);
+    const uint64_t (*all)[4] = exchange(mask, &predicate, sizeof predicate, line);
     uint32_t bits = 0;
     for (int lane = 0; lane < 32; lane++)
         if ((mask >> lane & 1) && *(const int *)all[lane]) bits |= 1u << lane;
@@ -112,6 +112,6 @@ inline uint32_t vote(uint32_t mask, int predicate, int line) {
     return bits;
 }
 
-} // namespace ladd_emulator
+}  // namespace ladd_emulator
 
 #endif

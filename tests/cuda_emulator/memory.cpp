@@ -38,11 +38,9 @@ Buffer *find(const void *pointer) {
     return nullptr;
 }
 
-std::string name_of(const Buffer &b) {
-    return "the buffer of " + std::to_string(b.bytes) + " bytes, number " + std::to_string(&b - buffers.data());
-}
+std::string name_of(const Buffer &b) { return "the buffer of " + std::to_string(b.bytes) + " bytes, number " + std::to_string(&b - buffers.data()); }
 
-} // namespace
+}  // namespace
 
 cudaError_t set_error(cudaError_t error, const std::string &text) {
     last_error = text_error = error;
@@ -118,7 +116,7 @@ std::string describe(const char *at) {
     return "device memory that belongs to no buffer";
 }
 
-} // namespace ladd_emulator
+}  // namespace ladd_emulator
 
 using namespace ladd_emulator;
 
@@ -279,8 +277,8 @@ cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
-/* What the machine pretends to be, for tests of errors: number of devices, the driver's version (0: none installed), what a kernel's lookup gives, and
- * an error that the next copy to the host meets. */
+/* What the machine pretends to be, for tests of errors: number of devices, the driver's version (0: none installed), what a kernel's lookup gives,
+ * and an error that the next copy to the host meets. */
 static int pretended_devices = 1, pretended_driver = 13000;
 static cudaError_t pretended_lookup = cudaSuccess, pretended_copy = cudaSuccess;
 extern "C" void ladd_emulator_pretend(int devices, int driver, int lookup, int copy) {
@@ -310,10 +308,18 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const vo
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = 4; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; break;
+        case cudaDevAttrMultiProcessorCount:
+            *value = 4;
+            break;
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = 9;
+            break;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = 0;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = 227 << 10;
+            break;
     }
     return cudaSuccess;
 }

@@ -22,9 +22,9 @@ struct Snapshot {
     std::string difference() const; /* where memory differs from it now; empty: nowhere */
 };
 
-std::string damaged();                 /* a buffer beside which something was written; empty: none */
+std::string damaged();                /* a buffer beside which something was written; empty: none */
 std::string describe(const char *at); /* an address of the range that no buffer holds, in words; empty: outside of the range */
 
-} // namespace ladd_emulator
+}  // namespace ladd_emulator
 
 #endif

@@ -1,5 +1,5 @@
-/* Kernels with one fault each, and sound twins of some: the emulator must tell them apart. And small kernels that show its tensor-core functions and number
- * types to the tests. Every function: out[n], in[n] are device memory. */
+/* Kernels with one fault each, and sound twins of some: the emulator must tell them apart. And small kernels that show its tensor-core functions and
+ * number types to the tests. Every function: out[n], in[n] are device memory. */
 #include "../../../cuda/mma.cuh"
 
 static ladd_cuda_state state;
