@@ -36,8 +36,9 @@ struct joint_rows {
     T *base[2];
     int row[2]; /* strides; 32 bits spare registers, the product has 64 */
     int first, S;
-    __device__ __forceinline__ T *operator()(int i) const {
-        return i < first ? base[0] + (int64_t)i * row[0] : base[1] + (int64_t)(i - first) * row[1];
+    __device__ __forceinline__ T *operator()(int i) const { /* by selection: a branch a row would cost more than the address */
+        const bool second = i >= first;
+        return (second ? base[1] : base[0]) + (int64_t)(i - (second ? first : 0)) * (second ? row[1] : row[0]);
     }
     __device__ __forceinline__ joint_rows from_column(int column) const { return {{base[0] + column, base[1] + column}, {row[0], row[1]}, first, S}; }
 };

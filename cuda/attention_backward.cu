@@ -18,7 +18,7 @@ constexpr int KEYS = 64, PART = 32; /* a tile is used 32 rows at a time: that ma
 /* dK and dV of 64 keys; warp w owns 16 of them. Tiles of QUERIES queries, their dO, lse and delta stream through two buffers. */
 template <typename T, int DH, int QUERIES>
 __global__ void __launch_bounds__(MMA_THREADS, DH <= 64 ? 3 : 2) attention_dkdv_kernel(const attention_args<T> a) {
-    constexpr bool KEEP = DH <= 64; /* the fragments of K and V stay in registers where there is room */
+    constexpr bool KEEP = DH <= 64; /* the fragments of K stay in registers where there is room */
     constexpr int AREA = QUERIES * DH;
     LADD_DYNAMIC_SHARED(T, sk);
     T *sv = sk + KEYS * DH, *sq = sv + KEYS * DH, *sdo = sq + 2 * AREA;
@@ -47,13 +47,10 @@ __global__ void __launch_bounds__(MMA_THREADS, DH <= 64 ? 3 : 2) attention_dkdv_
     ladd_cp_async_wait<0>();
     __syncthreads();
 
-    uint32_t kf[KEEP ? DH / 16 : 1][4], vf[KEEP ? DH / 16 : 1][4];
+    uint32_t kf[KEEP ? DH / 16 : 1][4];
     if (KEEP)
 #pragma unroll
-        for (int i = 0; i < DH / 16; i++) {
-            fragment_a<DH>(kf[i], sk, warp * 16, i);
-            fragment_a<DH>(vf[i], sv, warp * 16, i);
-        }
+        for (int i = 0; i < DH / 16; i++) fragment_a<DH>(kf[i], sk, warp * 16, i);
     float dk[DH / 8][4] = {}, dv[DH / 8][4] = {};
     const float c = a.scale * LOG2_E;
 
@@ -71,10 +68,9 @@ __global__ void __launch_bounds__(MMA_THREADS, DH <= 64 ? 3 : 2) attention_dkdv_
             float p[PART / 8][4] = {}, ds[PART / 8][4] = {};
 #pragma unroll
             for (int i = 0; i < DH / 16; i++) {
-                if (!KEEP) {
-                    fragment_a<DH>(kf[0], sk, warp * 16, i);
-                    fragment_a<DH>(vf[0], sv, warp * 16, i);
-                }
+                uint32_t vf[4];
+                fragment_a<DH>(vf, sv, warp * 16, i);
+                if (!KEEP) fragment_a<DH>(kf[0], sk, warp * 16, i);
 #pragma unroll
                 for (int n = 0; n < PART / 16; n++) {
                     uint32_t f[2][2];
@@ -82,8 +78,8 @@ __global__ void __launch_bounds__(MMA_THREADS, DH <= 64 ? 3 : 2) attention_dkdv_
                     ladd_mma<T>(p[2 * n], kf[KEEP ? i : 0], f[0]);
                     ladd_mma<T>(p[2 * n + 1], kf[KEEP ? i : 0], f[1]);
                     fragment_b_rows<DH>(f, dot, part + n * 16, i);
-                    ladd_mma<T>(ds[2 * n], vf[KEEP ? i : 0], f[0]);
-                    ladd_mma<T>(ds[2 * n + 1], vf[KEEP ? i : 0], f[1]);
+                    ladd_mma<T>(ds[2 * n], vf, f[0]);
+                    ladd_mma<T>(ds[2 * n + 1], vf, f[1]);
                 }
             }
 #pragma unroll

@@ -20,7 +20,7 @@ template <int DH, int ROWS, typename T>
 __device__ __forceinline__ void tile_load(T *tile, const joint_rows<const T> &rows, int first, int dh) {
     constexpr int CHUNKS = DH / 8, STEP = MMA_THREADS / CHUNKS;
     int chunk = threadIdx.x % CHUNKS, r = threadIdx.x / CHUNKS;
-#pragma unroll
+#pragma unroll 1 /* unrolled, the addresses would take registers that the products need */
     for (int i = 0; i < ROWS / STEP; i++, r += STEP) {
         int token = first + r;
         bool inside = token < rows.S && chunk * 8 < dh;
