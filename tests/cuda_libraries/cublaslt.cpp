@@ -250,7 +250,7 @@ ladd_cuda_state *ladd_test_state(int tf32) {
     return state;
 }
 void ladd_test_state_free(ladd_cuda_state *state) {
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < LADD_CUDA_PLANS; i++)
         if (state->plans[i]) state->plans_free[i](state->plans[i]);
     delete state;
 }
