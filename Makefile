@@ -11,8 +11,11 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.[ch]' -o -name '*.
 # The build requirements stand in pyproject.toml; they are installed beside the package, so that a rebuild takes seconds.
 REQUIRES = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
 
+# ladd._cuda takes minutes to compile, so these targets leave it out even where nvcc is; `make cuda` and `make gpu` build it.
+export LADD_CUDA ?= 0
+
 .DEFAULT_GOAL := help
-.PHONY: help build test test-peers bench demo lint format wheel sanitize clean
+.PHONY: help build cuda gpu test test-peers bench demo lint format wheel sanitize clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1 - /p' Makefile
@@ -94,6 +97,18 @@ sanitize: $(VENV)/test.done  ## the C tests, then the binding's, under the addre
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -p no:cacheprovider tests/test_binding.py tests/test_binding_threads.py tests/test_kernels_bad_input.py -k "not leaks"
+
+# No network and no environment of its own: numpy, scipy-openblas32, setuptools, safetensors, pillow, tqdm and pytest are in $(PYTHON)'s, torch may be.
+GPU_ARCH = sm_$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+gpu:  ## on a machine with an NVIDIA GPU: build for it, test on it, and write out/gpu/cuda.json and cuda.md
+	LADD_CUDA=1 LADD_CUDA_ARCHS=$${LADD_CUDA_ARCHS:-$(GPU_ARCH)} $(PYTHON) setup.py -q build_ext --inplace
+	LADD_TEST_GPU=1 PYTHONPATH=python $(PYTHON) -m pytest -q tests/test_cuda_device.py tests/test_cuda_kernels.py tests/test_cuda_models.py
+	PYTHONPATH=python $(PYTHON) benchmarks/cuda.py --out out/gpu
+
+cuda: $(VENV)/build.done  ## compile cuda/ with nvcc and read registers, spills and instructions (no GPU needed)
+	$(PIP) install nvidia-cublas nvidia-cudnn-cu13 nvidia-cudnn-frontend nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	LADD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+	PATH="$$(echo $(CURDIR)/$(VENV)/lib/python*/site-packages/nvidia/cu*/bin):$$PATH" $(BIN)/python benchmarks/cuda_static.py python/ladd/_cuda*.so
 
 clean:  ## remove what was built, not the environments
 	rm -rf build dist out python/*.egg-info python/ladd/*.so

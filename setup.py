@@ -1,4 +1,7 @@
-"""Compiles csrc/ into ladd._core and puts OpenBLAS beside it. Everything else is in pyproject.toml.
+"""Compiles csrc/ into ladd._core and puts OpenBLAS beside it; with nvcc also cuda/ into ladd._cuda. Everything else is in pyproject.toml.
+
+LADD_CUDA=1 wants ladd._cuda (a missing toolkit is an error), LADD_CUDA=0 leaves it out; without it, it is built where nvcc and cublasLt.h are
+found. LADD_CUDA_ARCHS names its architectures, "sm_80 sm_90a" by default; PTX of the lowest serves newer ones.
 
 Objects are kept in build/objects-*, one folder a compiler and set of flags, and are made anew when a file that they include
 changes (the compiler writes down which). CFLAGS and LDFLAGS of the environment come last, so they win; LADD_JOBS sets how many
@@ -8,6 +11,7 @@ files are compiled at once.
 import hashlib
 import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,6 +47,62 @@ def sources() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter", "-Wno-deprecated-gpu-targets"]
+CUDA_ARCHS = "sm_80 sm_90a"
+
+
+def find_nvcc() -> str | None:
+    """From CUDA_HOME, the path, or where toolkits are installed."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [str(Path(home, "bin", "nvcc")) for home in homes[:2] if home] + [shutil.which("nvcc"), str(Path(homes[2], "bin", "nvcc"))]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def library_headers(nvcc: str) -> list[str]:
+    """Where the headers of CUDA's libraries may lie: LADD_CUDA_INCLUDE, the toolkit, NVIDIA's wheels, which carry them too."""
+    places = [Path(place) for place in os.environ.get("LADD_CUDA_INCLUDE", "").split(os.pathsep) if place]
+    places += [Path(nvcc).resolve().parent.parent / "include", Path("/usr/local/cuda/include")]
+    for entry in map(Path, filter(None, sys.path)):
+        places += sorted(entry.glob("nvidia/*/include"))
+        places += [entry / "include"] if (entry / "include" / "cudnn_frontend.h").is_file() else []
+    return [str(place) for place in dict.fromkeys(places) if place.is_dir()]
+
+
+def cuda_tools() -> tuple[str, list[str]] | None:
+    """nvcc and folders of headers, or None where ladd._cuda is not wanted or cannot be built. Without cuDNN's headers it lacks that engine."""
+    wanted = os.environ.get("LADD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"LADD_CUDA must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "0":
+        return None
+    nvcc = find_nvcc()
+    headers = library_headers(nvcc) if nvcc else []
+    if nvcc and any(Path(place, "cublasLt.h").is_file() for place in headers):
+        return nvcc, headers
+    missing = (
+        "cublasLt.h, which this toolkit lacks: pip install nvidia-cublas, and build with --no-build-isolation (or set LADD_CUDA_INCLUDE)"
+        if nvcc
+        else "nvcc, looked for in CUDA_HOME, PATH and /usr/local/cuda: install the CUDA toolkit 12.4 or newer"
+    )
+    if wanted == "1":
+        raise SystemExit(f"LADD_CUDA=1 needs {missing}")
+    print(f"building without CUDA: it needs {missing}", flush=True)
+    return None
+
+
+def cuda_targets() -> tuple[list[str], str]:
+    """nvcc's -gencode options and the architectures in words."""
+    archs = os.environ.get("LADD_CUDA_ARCHS", CUDA_ARCHS).replace(",", " ").replace(";", " ").split()
+    for arch in archs:
+        if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
+            raise SystemExit(f"LADD_CUDA_ARCHS must be names like sm_80 or sm_90a, got {arch!r}")
+    if not archs:
+        raise SystemExit("LADD_CUDA_ARCHS must name at least one architecture, such as sm_90a")
+    lowest = re.sub(r"\D", "", min(archs, key=lambda arch: int(re.sub(r"\D", "", arch))))
+    options = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in archs]
+    return [*options, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"], f"{', '.join(archs)} and PTX for compute_{lowest}"
+
+
 class BuildCore(build_ext):
     def run(self) -> None:
         super().run()
@@ -54,6 +114,31 @@ class BuildCore(build_ext):
                 vendor_openblas(place)
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "ladd._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_core(ext)
+
+    def build_cuda(self, ext: Extension) -> None:
+        """cuda/ by nvcc, the module by the C compiler; CUDA's run time is linked in, its libraries are not."""
+        nvcc, headers = TOOLS
+        targets, words = cuda_targets()
+        define = f'-DLADD_CUDA_ARCHITECTURES="{words}"'
+        command = [nvcc, *CUDA_FLAGS, *targets, define, *(f"-I{place}" for place in headers), *shlex.split(os.environ.get("NVCCFLAGS", ""))]
+        module = [*self.compiler.compiler_so, *FLAGS, f"-I{sysconfig.get_path('include')}", *shlex.split(os.environ.get("CFLAGS", ""))]
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        key = hashlib.sha256("\0".join([*command, *module, version, sys.version]).encode()).hexdigest()[:12]
+        folder = ROOT / "build" / f"cuda-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(int(os.environ.get("LADD_JOBS", 0)) or os.cpu_count()) as pool:
+            # The attention's files take longest: they go first.
+            ordered = sorted(ext.sources, key=lambda name: "attention_" not in name)
+            objects = list(pool.map(lambda name: compile_one(module if name.endswith(".c") else command, name, folder), ordered))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run([nvcc, "-shared", "-cudart", "static", *targets, "-Xlinker", "--exclude-libs,ALL", "-o", str(target), *objects, "-ldl"])
+
+    def build_core(self, ext: Extension) -> None:
         if self.compiler.compiler_type != "unix":
             raise SystemExit("ladd is built with GCC or Clang on Linux")
         import numpy
@@ -93,7 +178,7 @@ class BuildCore(build_ext):
 
 
 def compile_one(command: list[str], source: str, folder: Path) -> str:
-    made = folder / (source.replace("/", "_")[:-2] + ".o")
+    made = folder / (source.replace("/", "_").rpartition(".")[0] + ".o")
     listed = made.with_suffix(".d")
     if not is_fresh(made, listed):
         # Written aside and renamed, so that two builds at once, or a killed one, leave no half object.
@@ -136,6 +221,15 @@ def vendor_openblas(place: Path) -> None:
             os.replace(aside, target)
 
 
-# depends: without it a change in a header alone would not call build_extension at all.
-depends = [str(path.relative_to(ROOT)) for pattern in ("*.h", "*.c", "*.inc") for path in sorted((ROOT / "csrc").rglob(pattern))]
-setup(ext_modules=[Extension("ladd._core", sources(), depends=depends)], cmdclass={"build_ext": BuildCore})
+def depends(*folders: str) -> list[str]:
+    """Without it a change in a header alone would not call build_extension at all."""
+    patterns = ("*.h", "*.c", "*.inc", "*.cu", "*.cuh")
+    return [str(path.relative_to(ROOT)) for folder in folders for pattern in patterns for path in sorted((ROOT / folder).rglob(pattern))]
+
+
+TOOLS = cuda_tools() if {"build_ext", "build", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv) else None
+extensions = [Extension("ladd._core", sources(), depends=depends("csrc"))]
+if TOOLS:
+    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "cuda").glob("*.cu"))
+    extensions.append(Extension("ladd._cuda", [*kernels, "csrc/python/cuda/module.c"], depends=depends("csrc", "cuda")))
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildCore})
