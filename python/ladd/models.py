@@ -72,7 +72,7 @@ class _Model(abc.ABC, Generic[C]):
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of all tensors by their diffusers names, float32."""
-        return {name: devices.to_host(tensor.copy()) for name, tensor in self._core.tensors().items()}
+        return {name: t.numpy() if isinstance(t, devices.DeviceArray) else t.copy() for name, t in self._core.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Takes weights by name. Everything is checked first: on an error nothing has changed.

@@ -287,6 +287,17 @@ def warn_unused(config: Mapping[str, Any], section: str, keys: Sequence[str], wh
         warnings.warn(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {why}", UserWarning, stacklevel=3)
 
 
+def memory_plan(model: Any, trained: int, frozen: int, averaged: int, activations: int) -> str:
+    """What a run takes where `model` is, in words: all of it stays allocated but the activations, which come and go with a step."""
+    copies = model.device != "cpu" and model.dtype != "float32"  # working copies beside the masters
+    parts = {"float32 masters" if copies else "weights": 4 * (trained + frozen)}
+    if copies:
+        parts[f"{model.dtype} weights"] = 2 * (trained + frozen)
+    parts |= {"gradients": 4 * trained, "moments": 8 * trained, "average": 4 * averaged, "activations": activations}
+    listed = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items())
+    return f"memory on {model.device}: {listed}; together {sum(parts.values()) / 2**20:.0f} MiB"
+
+
 class Run:
     """One training run in a folder: which step is next, metrics.jsonl, checkpoints, the progress bar and the time budget.
 

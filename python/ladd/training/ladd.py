@@ -493,11 +493,11 @@ def run(
         kept = student.plan(at_once, shape[1], shape[2], tokens, keep=True) + teacher.plan(
             at_once, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True
         )
-        fixed = 4 * (5 * student.num_parameters + teacher.num_parameters + 4 * heads.num_parameters)
+        trained = student.num_parameters + heads.num_parameters
         print(
             f"student and teacher: {student.num_parameters:,} parameters, heads: {heads.num_parameters:,}; "
             f"{len(shards)} latents {list(shape)}; {settings.steps} steps of {settings.batch}\n"
-            f"memory: weights, gradients, moments and EMA {fixed / 2**20:.0f} MiB, activations {kept / 2**20:.0f} MiB"
+            f"{common.memory_plan(student, trained, teacher.num_parameters, student.num_parameters, kept)}"
         )
         return None
     book = common.Run(out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap"))

@@ -236,10 +236,10 @@ def run(
             raise ValueError(f"{what} must be {expected}, as the autoencoder and the text encoder have it, got {given}")
     if dry_run:
         activations = model.plan(settings.batch, c.sample_size, c.sample_size, text.max_words, keep=True)
-        fixed = 20 * (model.num_parameters + text.flat.size)
+        trained = model.num_parameters + text.flat.size
         print(
             f"teacher: {model.num_parameters:,} parameters, text: {text.flat.size:,}; {settings.steps} steps of {settings.batch}\n"
-            f"memory: weights, gradients, moments and EMA {fixed / 2**20:.0f} MiB, activations {activations / 2**20:.0f} MiB"
+            f"{common.memory_plan(model, trained, 0, trained, activations)}"
         )
         return None
     latents, texts = latent_bank(vae, parts["data"], settings.seed, c.sample_size * vae.config.spatial_factor)
