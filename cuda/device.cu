@@ -163,6 +163,30 @@ extern "C" void ladd_cuda_release(LADD_CTX, void *block) {
     if (!KEEP_BLOCKS) give_back_free_blocks(ladd_cuda(ctx));
 }
 
+/* A recorded sequence of work: what it replays, and the host numbers that it copies. */
+typedef struct graph_number {
+    struct graph_number *next;
+    char bytes[];
+} graph_number;
+typedef struct ladd_cuda_graph {
+    ladd_cuda_state *state;
+    cudaGraphExec_t ready;
+    graph_number *numbers;
+} ladd_cuda_graph;
+
+/* A copy of host memory that lives as long as the graph that is being recorded: every replay reads it again. NULL when out of memory. */
+static const void *kept_by_graph(ladd_cuda_state *state, const void *host, size_t bytes) {
+    ladd_cuda_graph *graph = (ladd_cuda_graph *)state->capturing;
+    graph_number *number = (graph_number *)malloc(sizeof *number + bytes);
+    if (!number) {
+        ladd_fail(LADD_ERR_MEMORY, "out of memory for the host's part of a graph");
+        return nullptr;
+    }
+    number->next = graph->numbers;
+    graph->numbers = number;
+    return memcpy(number->bytes, host, bytes);
+}
+
 /* The driver copies pageable memory through pinned buffers of its own and returns once the source was read, which is what upload promises; small
  * arrays go through the ring, which does not wait for the stream. */
 extern "C" ladd_status ladd_cuda_upload(LADD_CTX, void *device, const void *host, size_t bytes) {
@@ -172,6 +196,7 @@ extern "C" ladd_status ladd_cuda_upload(LADD_CTX, void *device, const void *host
         LADD_CUDA_TRY(ctx, cudaMemcpyAsync(device, staged, bytes, cudaMemcpyDeviceToDevice, ladd_cuda(ctx)->stream));
         return LADD_OK;
     }
+    if (ladd_cuda(ctx)->capturing && !(host = kept_by_graph(ladd_cuda(ctx), host, bytes))) return LADD_ERR_MEMORY;
     LADD_CUDA_TRY(ctx, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, ladd_cuda(ctx)->stream));
     return LADD_OK;
 }
@@ -200,17 +225,6 @@ extern "C" ladd_status ladd_cuda_scratch(const ladd_context *ctx, void **block, 
     return LADD_OK;
 }
 
-/* A recorded sequence of work: what it replays, and the host numbers that it copies. */
-typedef struct graph_number {
-    struct graph_number *next;
-    char bytes[];
-} graph_number;
-typedef struct ladd_cuda_graph {
-    ladd_cuda_state *state;
-    cudaGraphExec_t ready;
-    graph_number *numbers;
-} ladd_cuda_graph;
-
 extern "C" ladd_status ladd_cuda_stage(const ladd_context *ctx, const void **device, const void *host, size_t bytes) {
     ladd_cuda_state *state = ladd_cuda(ctx);
     if (bytes > LADD_CUDA_STAGE_BYTES)
@@ -220,13 +234,9 @@ extern "C" ladd_status ladd_cuda_stage(const ladd_context *ctx, const void **dev
     char *from = state->stage_host + (size_t)slot * LADD_CUDA_STAGE_BYTES, *to = state->stage_device + (size_t)slot * LADD_CUDA_STAGE_BYTES;
     *device = to;
     if (state->capturing) { /* every replay copies again, so the source must stay as it is now */
-        ladd_cuda_graph *graph = (ladd_cuda_graph *)state->capturing;
-        graph_number *number = (graph_number *)malloc(sizeof *number + bytes);
-        if (!number) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the numbers of a graph");
-        number->next = graph->numbers;
-        graph->numbers = number;
-        memcpy(number->bytes, host, bytes);
-        LADD_CUDA_TRY(ctx, cudaMemcpyAsync(to, number->bytes, bytes, cudaMemcpyHostToDevice, state->stream));
+        const void *kept = kept_by_graph(state, host, bytes);
+        if (!kept) return LADD_ERR_MEMORY;
+        LADD_CUDA_TRY(ctx, cudaMemcpyAsync(to, kept, bytes, cudaMemcpyHostToDevice, state->stream));
         return LADD_OK;
     }
     LADD_CUDA_TRY(ctx, cudaEventSynchronize(state->stage_done[slot])); /* of the copy that used the slot a round ago: long done as a rule */

@@ -249,11 +249,58 @@ def test_failures_say_whether_the_device_is_lost(code: int, sticky: bool) -> Non
         assert not a.numpy().any()
 
 
-@needs_emulator
-def test_a_recording_that_is_refused_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="cudaStreamBeginCapture"), ladd.device.record("cuda"):
+def test_recorded_calls_replay_on_new_inputs() -> None:
+    """Host numbers stay those of the recording, arrays on the device are read anew, and others' memory stays out of it."""
+    x, t = put(normal(1, 3, 40)), np.array([0.1, 0.5, 0.9], np.float32)
+
+    def work() -> Any:
+        y, _, _ = _core.layer_norm_modulate_forward(x.reshape(1, 3, 40), None, None)
+        return _core.renoise(_core.scale(y.reshape(3, 40), 2.0), t, 7, 1, 2)
+
+    first = work().numpy()
+    with ladd.device.record("cuda") as graph:
+        result = work()
+    graph.replay()
+    assert np.array_equal(result.numpy(), first)
+    t[:] = 0
+    x[...] = normal(2, 3, 40)
+    others = [put(normal(3, 3, 40)) for _ in range(8)]
+    graph.replay()
+    t[:] = [0.1, 0.5, 0.9]
+    assert np.array_equal(result.numpy(), work().numpy()) and not np.array_equal(result.numpy(), first)
+    assert all(np.array_equal(other.numpy(), normal(3, 3, 40)) for other in others)
+
+
+@pytest.mark.skipif(not cuda_device.ON_GPU, reason="the emulator's products are not recorded")
+def test_a_recorded_forward_replays_on_new_inputs() -> None:
+    model = ladd.MMDiT(ladd.MMDiTConfig(**CONFIG), seed=1, device="cuda")
+    model.load_state_dict({**model.state_dict(), "proj_out.weight": normal(1, 16, 16)})
+    shapes = (2, 4, 4, 4), (2, 3, 8), (2, 8)
+    z, y, p = (put(normal(10 + i, *shape)) for i, shape in enumerate(shapes))
+    model(z, 0.4, y, p)
+    with ladd.device.record("cuda") as graph:
+        v, pullback = model.vjp(z, 0.4, y, p)
+        g = pullback(v, params=False)
+    for seed in (20, 30):
+        for i, array in enumerate((z, y, p)):
+            array[...] = normal(seed + i, *array.shape)
+        graph.replay()
+        wanted, pull_wanted = model.vjp(z, 0.4, y, p)
+        assert wanted.numpy().any() and np.array_equal(v.numpy(), wanted.numpy())
+        assert np.array_equal(g.latents.numpy(), pull_wanted(wanted, params=False).latents.numpy())
+
+
+def test_what_cannot_be_recorded_is_an_error() -> None:
+    a = put(normal(1, 5))
+    with pytest.raises(RuntimeError, match="no number for the host expected while a graph is recorded"), ladd.device.record("cuda") as graph:
+        _core.sum_squares(a)
+    with pytest.raises(RuntimeError, match="a graph whose recording has ended expected"):
+        graph.replay()
+    with pytest.raises(RuntimeError, match="one recording at a time"), ladd.device.record("cuda"), ladd.device.record("cuda"):
         pass
-    assert not put(np.zeros(3, np.float32)).numpy().any()
+    with pytest.raises(ValueError, match="needs a CUDA device"), ladd.device.record("cpu"):
+        pass
+    assert np.array_equal(a.numpy(), normal(1, 5)), "the device goes on as before"
 
 
 def test_streams_of_the_caller() -> None:
