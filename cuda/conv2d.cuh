@@ -15,7 +15,7 @@ enum {
     CONV_THREADS = 256,
     CONV_PIXELS = 128, /* output pixels of a tile: 8 x 16 or 16 x 8 */
     CONV_SKEW = 8,     /* elements between two pixels of a patch beyond its channels: eight rows of a fragment then lie in different banks */
-    CONV_MAX_PATCH = 4096,
+    CONV_MAX_PATCH = 2048,
     CONV_PACKED_SLOT = 0, /* scratch: packed weights, partial gradients */
     CONV_PARTS_SLOT = 1
 };
@@ -24,7 +24,7 @@ enum {
 struct conv_tiling {
     int log_tw, rows, cols; /* tile width 2^log_tw; tiles down and across */
     int Wq, patch;          /* columns and pixels of a patch */
-    uint32_t divide;        /* q / Wq = q * divide >> 20 for q < CONV_MAX_PATCH */
+    uint32_t divide;        /* q / Wq = q * divide >> 20 for q < CONV_MAX_PATCH: a patch has at least 8 rows, so Wq is at most 256 */
 };
 
 static inline conv_tiling conv_tile(int gh, int gw, int kh, int kw, int step) {
