@@ -60,8 +60,8 @@ typedef struct ladd_context {
     void *interrupt_argument;
 } ladd_context;
 
-/* products: LADD_F32, or LADD_BF16 where the processor has AVX512_BF16: the factors of matrix products are rounded to it, everything else is float. What
- * lies in memory is float in both, so act is LADD_F32. The backend is NULL, with the error, where there is none. */
+/* products: LADD_F32, or LADD_BF16 where the processor has AVX512_BF16: the factors of matrix products are rounded to it, everything else is float.
+ * What lies in memory is float in both, so act is LADD_F32. The backend is NULL, with the error, where there is none. */
 ladd_context ladd_cpu_context(ladd_dtype products);
 ladd_status ladd_check_interrupt(const ladd_context *ctx);
 
@@ -227,7 +227,7 @@ ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatur
                                int params);
 /* R1 on the heads' inputs after a forward on real pictures: *penalty = mean over the batch of |g|^2, g = d(sum of all logits)/d(features), exact;
  * weight * d(penalty)/d(parameters) is added to the gradients, a central difference with step `epsilon` relative to the features
- * (layers/discriminator_head.h). Any number of times a forward; a compute type of 4 bytes only. */
+ * (layers/discriminator_head.h). Any number of times a forward; float32 only. */
 ladd_status ladd_disc_r1(const ladd_context *ctx, double *penalty, ladd_disc_saved *saved, float weight, float epsilon);
 void ladd_disc_saved_free(const ladd_context *ctx, ladd_disc_saved *saved);
 

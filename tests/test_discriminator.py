@@ -268,6 +268,16 @@ def test_r1_and_its_gradient(batch: int, side: int, changes: dict[str, Any]) -> 
     assert error < 1e-3, f"off by {error:.1e} of the gradient's length"
 
 
+def test_r1_needs_float32() -> None:
+    try:
+        core = ladd.Discriminator({"feature_dim": 4, "taps": (0,), "condition_pooled": False}, dtype="bfloat16")._core
+    except ValueError:
+        pytest.skip("this processor has no products in bfloat16")
+    _, saved = core.forward([normal(1, 2, 6, 4)], np.float32([0.5, 0.5]), None, (2, 3), keep=True)
+    with pytest.raises(ValueError, match="expected a discriminator of dtype float32"):
+        saved.r1(1.0, 1e-4)
+
+
 def test_r1_of_a_flat_head_and_bad_steps() -> None:
     core = ladd.Discriminator(ladd.DiscriminatorConfig(feature_dim=4, taps=(0,), width=8, condition_pooled=False, spectral_norm=False))._core
     core.flat[:] = 0

@@ -76,7 +76,7 @@ void ladd_head_r1_take(const ladd_context *ctx, ladd_head_r1_room *room, ladd_ar
 /* *squares += |g|^2, g = d(sum of logits)/d(features); weight * d|g|^2/d(parameters) is added to w->grad and, as ladd_head_backward does, to
  * dembedded. |g|^2 is exact. Its derivative is that of the sum's slope along g, taken as a central difference of the parameter gradients at
  * features +- epsilon g |features| / |g| of a head whose leaky ReLUs stay on the side where `saved` has them: between their kinks the head is smooth,
- * across one the difference would be of the size 1/epsilon. Needs a compute type of 4 bytes. */
+ * across one the difference would be of the size 1/epsilon. Needs float32. */
 ladd_status ladd_head_r1(const ladd_context *ctx, double *squares, ladd_act *dembedded, const ladd_head_saved *saved,
                          const ladd_head_scratch *scratch, ladd_head_r1_room *room, const ladd_act *features, const ladd_act *embedded,
                          const ladd_act *pooled, const ladd_weights *w, const ladd_head_params *p, const ladd_head_sizes *s, float weight,

@@ -326,8 +326,7 @@ ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatur
 ladd_status ladd_disc_r1(const ladd_context *ctx, double *penalty, ladd_disc_saved *saved, float weight, float epsilon) {
     ladd_disc *m = saved->model;
     const ladd_head_sizes *z = &saved->sizes;
-    if (ctx->act_size != sizeof(float))
-        return ladd_fail(LADD_ERR_VALUE, "discriminator: R1 needs float32, its finite difference is lost in %d-byte numbers", (int)ctx->act_size);
+    if (ctx->act != LADD_F32) return ladd_fail(LADD_ERR_VALUE, "discriminator: R1 needs float32, a narrower type hides its finite difference");
     if (!(epsilon > 0.0f)) return ladd_fail(LADD_ERR_VALUE, "discriminator: epsilon above 0 expected, got %g", (double)epsilon);
     LADD_TRY(ladd_params_need_grad(&m->params));
     const ladd_weights w = {.data = m->params.compute, .grad = m->params.grad};

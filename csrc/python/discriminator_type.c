@@ -134,6 +134,10 @@ static PyObject *saved_r1(PyObject *object, PyObject *args, PyObject *kwargs) {
     core_call call;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dd:r1", names, &weight, &epsilon)) return NULL;
     if (core_finite(weight, "weight") < 0 || core_finite(epsilon, "epsilon") < 0) return NULL;
+    if (self->owner->compute != LADD_F32) {
+        PyErr_SetString(PyExc_ValueError, "r1: expected a discriminator of dtype float32, got one whose rounding hides a finite difference");
+        return NULL;
+    }
     ladd_status status;
     ladd_disc_saved *saved = core_backward_begin(&call, self, 0, 1, &status);
     if (!saved) return NULL;

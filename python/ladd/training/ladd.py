@@ -121,6 +121,10 @@ class LADD:
                     f"student, teacher and discriminator must be on one device in one dtype, got {self.student.dtype} on "
                     f"{self.student.device} and {model.dtype} on {model.device}"
                 )
+        if self.config.r1_weight and self.discriminator.dtype != "float32":
+            raise ValueError(
+                f"r1_weight needs models of dtype float32 (its finite difference is lost in rounding), got {self.discriminator.dtype}"
+            )
         for name in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
             if getattr(s, name) != getattr(t, name):
                 raise ValueError(f"student and teacher must have the same {name}, got {getattr(s, name)} and {getattr(t, name)}")
