@@ -162,7 +162,7 @@ ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "wrong value": (("train", "RUN", "--out", "x", "--set", "optimizer.lr=fast"), "lr must be a number, got str 'fast'"),
     "wrong type": (("train", "RUN", "--out", "x", "--set", "run.steps=many"), "[run].steps must be an integer, got str 'many'"),
     "true is no number": (("train", "RUN", "--out", "x", "--set", "run.batch=true"), "[run].batch must be an integer, got bool True"),
-    "no steps": (("train", "RUN", "--out", "x", "--set", "run.steps=0"), "AutoencoderRun.steps must be at least 1, got 0"),
+    "no steps to train": (("train", "RUN", "--out", "x", "--set", "run.steps=0"), "AutoencoderRun.steps must be at least 1, got 0"),
     "a share above 1": (("train", "RUN", "--out", "x", "--set", "run.decay_share=2"), "decay_share must be a finite number in [0, 1], got 2.0"),
     "bad override": (("train", "RUN", "--out", "x", "--set", "steps"), "must look like section.key=value"),
     "export over something": (("export", "PIPELINE", "PIPELINE"), "exists already"),
