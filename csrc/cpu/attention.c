@@ -73,7 +73,6 @@ static attention_rows attention_rows_of(const attention_job *j, enum attention_w
     return r;
 }
 
-/* Not memcpy: for short rows of unknown length the compiler's inline copy takes longer than all else here. */
 static inline void attention_copy_row(float *to, const float *from, int dh) {
 #pragma GCC ivdep
     for (int d = 0; d < dh; d++) to[d] = from[d];
