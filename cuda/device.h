@@ -29,11 +29,11 @@ typedef struct ladd_cuda_state {
     char *stage_host, *stage_device;
     cudaEvent_t stage_done[LADD_CUDA_STAGES];
     int stage_next;
-    double *result;                     /* [8] pinned: numbers that a kernel hands to the host */
-    int tf32;                           /* 1: f32 products may round their inputs to TF32 */
+    double *result;                                   /* [8] pinned: numbers that a kernel hands to the host */
+    int tf32;                                         /* 1: f32 products may round their inputs to TF32 */
     void *plans[LADD_CUDA_PLANS];                     /* caches of linear.cu, conv2d.cu, ...: each file owns one, see LADD_CUDA_PLANS_ */
     void (*plans_free[LADD_CUDA_PLANS])(void *plans); /* set with it */
-    ladd_status broken;                 /* not LADD_OK: an error that CUDA does not recover from came on this device */
+    ladd_status broken;                               /* not LADD_OK: an error that CUDA does not recover from came on this device */
 } ladd_cuda_state;
 enum { LADD_CUDA_PLANS_LINEAR = 0, LADD_CUDA_PLANS_ATTENTION, LADD_CUDA_PLANS_CONV };
 
@@ -51,7 +51,8 @@ ladd_status ladd_cuda_stage(const ladd_context *ctx, const void **device, const 
 /* Waits and copies `count` doubles from the device: losses and norms, the only numbers that the host waits for. */
 ladd_status ladd_cuda_result(const ladd_context *ctx, double *host, const double *device, int count);
 
-/* libraries.c: an entry point of a library that is opened at first use; NULL, and a sentence with what was tried and what to install, if it is absent. */
+/* libraries.c: an entry point of a library that is opened at first use; NULL, and a sentence with what was tried and what to install, if it is
+ * absent. */
 typedef enum { LADD_LIBRARY_CUBLASLT = 0, LADD_LIBRARY_CUDNN, LADD_LIBRARY_NCCL, LADD_LIBRARIES } ladd_cuda_library;
 void *ladd_cuda_symbol(ladd_cuda_library library, const char *name);
 

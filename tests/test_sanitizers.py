@@ -25,7 +25,9 @@ def compile_tests(folder: Path, *sanitize: str) -> Path:
     compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
     compiler = compiler if shutil.which(compiler) else "cc"
     command = [compiler, *FLAGS, *sanitize, f"-I{scipy_openblas32.get_include_dir()}"]
-    cpu = [ROOT / "csrc" / "cpu" / f"{name}.c" for name in ("isa_plain", "isa_avx2", "isa_avx512", "isa_avx512bf16", "threads", "gemm", "dispatch")]
+    cpu = [
+        ROOT / "csrc" / "cpu" / f"{name}.c" for name in ("isa_plain", "isa_avx2", "isa_avx512", "isa_avx512bf16", "threads", "gemm", "dispatch")
+    ]
     models = [path for name in ("layers", "models") for path in sorted((ROOT / "csrc" / name).glob("*.c"))]
     sources = [*cpu, ROOT / "csrc" / "core.c", *models, *sorted((ROOT / "tests" / "c").glob("*.c"))]
 
