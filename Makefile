@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PEERS := .venv-peers
-C_FILES := $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
+C_FILES := $(shell find csrc cuda tests/c tests/cuda_emulator -name '*.[ch]' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 PY_FILES := setup.py python tests $(wildcard benchmarks/*.py)
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.[ch]' -o -name '*.inc')
 # The build requirements stand in pyproject.toml; they are installed beside the package, so that a rebuild takes seconds.

@@ -36,10 +36,11 @@ struct gemm_plan {
 /* The library's functions by name, with the types that its header gives them. */
 struct gemm_library {
     cublasLtHandle_t handle;
-#define LADD_GEMM_FUNCTIONS(F)                                                                                                         \
-    F(Create)                                                                                                                          \
-    F(Destroy) F(GetStatusName) F(Matmul) F(MatmulAlgoGetHeuristic) F(MatmulDescCreate) F(MatmulDescDestroy) F(MatmulDescSetAttribute) \
-        F(MatrixLayoutCreate) F(MatrixLayoutDestroy) F(MatmulPreferenceCreate) F(MatmulPreferenceDestroy) F(MatmulPreferenceSetAttribute)
+    /* clang-format off */
+#define LADD_GEMM_FUNCTIONS(F) \
+    F(Create) F(Destroy) F(GetStatusName) F(Matmul) F(MatmulAlgoGetHeuristic) F(MatmulDescCreate) F(MatmulDescDestroy) F(MatmulDescSetAttribute) \
+    F(MatrixLayoutCreate) F(MatrixLayoutDestroy) F(MatmulPreferenceCreate) F(MatmulPreferenceDestroy) F(MatmulPreferenceSetAttribute)
+/* clang-format on */
 #define F(name) decltype(&cublasLt##name) name;
     LADD_GEMM_FUNCTIONS(F)
 #undef F

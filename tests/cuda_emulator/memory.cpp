@@ -60,8 +60,8 @@ HostAccess::~HostAccess() {
     lock.unlock();
 }
 
-/* 0, before any memory was taken: buffers are neither locked between kernels nor watched around their ends. Whole models make thousands of launches and
- * copies, and a call to the system for each buffer at each of them is most of the time; the kernels' own tests keep the guard. */
+/* 0, before any memory was taken: buffers are neither locked between kernels nor watched around their ends. Whole models make thousands of launches
+ * and copies, and a call to the system for each buffer at each of them is most of the time; the kernels' own tests keep the guard. */
 extern "C" void ladd_emulator_set_guard(int on) { guarded = on != 0; }
 
 /* One past the end counts: an empty slice is a legal argument. */
