@@ -77,6 +77,46 @@ def test_lists_that_the_model_was_trained_on() -> None:
     np.testing.assert_allclose(settings.list_for(4), [1, 0.9, 0.75, 0.5, 0], atol=1e-6)
 
 
+def test_guidance_and_negative_prompts_one_an_image(student: ladd.Pipeline) -> None:
+    """Each picture has the bits that it has alone, guided or not."""
+    prompts, negative, scales = ["red apple", "cat face", "pizza"], ["pizza", "", "cat face"], [3.0, 1.0, 2.5]
+    together = student(prompts, guidance_scale=scales, negative_prompt=negative, seed=4, batch_size=2)
+    for i in (0, 2):
+        alone = student(prompts[i], guidance_scale=scales[i], negative_prompt=negative[i], seed=4 + i)
+        assert same_bits(together.latents[i], alone.latents[0])
+    assert same_bits(together.latents[1], student("cat face", seed=5).latents[0])
+    twice = student(prompts, guidance_scale=2, negative_prompt=negative, num_images_per_prompt=2, seed=4)
+    assert same_bits(twice.latents[4], student("pizza", guidance_scale=2, negative_prompt="cat face", seed=8).latents[0])
+
+
+def test_a_negative_prompt_without_guidance_is_reported(student: ladd.Pipeline) -> None:
+    with pytest.warns(UserWarning, match="negative_prompt has no effect: guidance is off"):
+        student("red apple", negative_prompt="pizza", steps=1)
+
+
+def test_a_callback_sees_every_step_and_can_stop(student: ladd.Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[int, int, tuple[int, ...]]] = []
+    student(
+        ["red apple"] * 3, steps=2, batch_size=2, callback=lambda state: seen.append((state["step"], state["steps"], state["denoised"].shape))
+    )
+    assert seen == [(0, 2, (2, 4, 16, 16)), (1, 2, (2, 4, 16, 16)), (0, 2, (1, 4, 16, 16)), (1, 2, (1, 4, 16, 16))]
+
+    def stop(state: ladd.sampling.State) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        student("red apple", callback=stop)
+    image = student("red apple", steps=1).images[0]
+    capsys.readouterr()
+    student("red apple", image=image, strength=0.5, steps=4, progress=True)
+    assert "2/2" in capsys.readouterr().err  # only the steps that are run
+
+
+def test_representations_are_short(student: ladd.Pipeline) -> None:
+    assert repr(student(["red apple", "pizza"], steps=1, seed=7)) == "<ladd.PipelineOutput, 2 pictures of 64x64, 1 step>"
+    assert repr(student).startswith("<ladd.Pipeline of <ladd.MMDiT, ") and repr(student).endswith(" on cpu>, 4 steps of renoise>")
+
+
 def test_unknown_words_are_reported(student: ladd.Pipeline) -> None:
     with pytest.warns(UserWarning, match="has not learned: zyzzyva"):
         student("zyzzyva apple", steps=1)
@@ -104,6 +144,11 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"steps": 0}, ValueError, r"steps must be an integer in \[1, 100000\], got 0"),
     ({"steps": 2, "sigmas": [1, 0]}, ValueError, "either steps or sigmas"),
     ({"sigmas": [1, 1, 0]}, ValueError, "sigmas must descend"),
+    ({"sigmas": 3, "steps": 2}, ValueError, "either steps or sigmas, got steps=2 and sigmas=3"),
+    ({"guidance_scale": "2"}, ValueError, "guidance_scale must be 0 or 1 .* got '2'"),
+    ({"guidance_scale": [2, 3]}, ValueError, r"one an image, shape \[1\], got \[2\]"),
+    ({"negative_prompt": ["a", "b"]}, ValueError, "one for all, or one a prompt: expected 1, got 2"),
+    ({"negative_prompt": 3}, TypeError, "negative_prompt must be a string or a list of strings, got int"),
     ({"seed": [1, 2]}, ValueError, "expected 1, got 2"),
     ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be"),
     ({"batch_size": 0}, ValueError, "batch_size must be"),

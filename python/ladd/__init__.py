@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import device, kernels, losses
+    from . import data, device, kernels, losses, sampling
     from ._core import get_num_threads, set_num_threads
     from .config import AdamWConfig, AutoencoderKLConfig, DiscriminatorConfig, LADDConfig, MMDiTConfig, load_toml
     from .device import DeviceArray
@@ -42,7 +42,7 @@ _HOME = {
     "set_num_threads": "_core",
     "sigmas": "sampling",
 }
-_MODULES = ("device", "kernels", "losses")
+_MODULES = ("data", "device", "kernels", "losses", "sampling")
 
 __all__ = [
     "LADD",
@@ -58,6 +58,7 @@ __all__ = [
     "Pipeline",
     "WordEncoder",
     "__version__",
+    "data",
     "device",
     "get_num_threads",
     "iterate",
@@ -65,6 +66,7 @@ __all__ = [
     "load_toml",
     "losses",
     "sample",
+    "sampling",
     "save_pipeline",
     "set_num_threads",
     "sigmas",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -75,6 +75,10 @@ class PipelineOutput:
     seeds: list[int]
     sigmas: Array
 
+    def __repr__(self) -> str:
+        width, height = self.images[0].size
+        return f"<ladd.PipelineOutput, {_count(len(self.images), 'picture')} of {width}x{height}, {_count(len(self.sigmas) - 1, 'step')}>"
+
     def _repr_png_(self) -> bytes:
         """All pictures in one, for notebooks."""
         import io
@@ -82,6 +86,10 @@ class PipelineOutput:
         buffer = io.BytesIO()
         grid(self.images).save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("s" if n != 1 else "")
 
 
 def to_images(array: Array) -> list[Image]:
@@ -128,7 +136,7 @@ class Pipeline:
         self.model, self.vae, self.text, self.settings = model, vae, text, settings
 
     def __repr__(self) -> str:
-        return f"<ladd.Pipeline of {self.model!r}, {self.settings.steps} steps of {self.settings.method}>"
+        return f"<ladd.Pipeline of {self.model!r}, {_count(self.settings.steps, 'step')} of {self.settings.method}>"
 
     @property
     def guidance_scale(self) -> float:
@@ -158,15 +166,16 @@ class Pipeline:
         strength: float | None = None,
         mask: Any = None,
         steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         num_images_per_prompt: int = 1,
         size: tuple[int, int] | None = None,
         method: str | None = None,
         sigmas: Any = None,
         batch_size: int = 16,
         progress: bool = False,
+        callback: Callable[[sampling.State], object] | None = None,
     ) -> PipelineOutput:
         """Pictures of one or more prompts; those of one prompt follow each other.
 
@@ -176,8 +185,11 @@ class Pipeline:
         mask      PIL or [H,W] like image: 1 (white) where the picture is painted anew; the rest of the result is the picture itself. The
                   default strength is then 1
         steps, guidance_scale, method, sigmas: None takes the model's own (with an image at least 4 steps: one has no share to run).
+        guidance_scale: one number (0 or 1: off), or one an image. negative_prompt: one for all, or one a prompt; only guidance uses it.
         seed: one an image, or an integer n for n, n + 1, ... size: (height, width) in pixels; None: that of an array, else the model's own.
         batch_size: pictures that are computed at once; the pictures do not depend on it.
+        progress: a bar of the steps. callback: called with the sampler's State after each step of each batch; vae.decode(state["denoised"])
+        is a preview, and an exception that it raises ends the call.
         """
         if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be an integer of at least 1, got {num_images_per_prompt!r}")
@@ -191,31 +203,53 @@ class Pipeline:
         prompts = [p for p in given for _ in range(num_images_per_prompt)]
         seeds = seeds_for(seed, len(prompts))
         if sigmas is not None and steps is not None:
-            raise ValueError(f"give either steps or sigmas, got steps={steps} and {len(sigmas)} sigmas")
+            raise ValueError(f"give either steps or sigmas, got steps={steps!r} and sigmas={sigmas!r}")
         if steps is None:
             steps = self.settings.steps if image is None or self.inpainting else max(self.settings.steps, IMAGE_STEPS)
         times = self.settings.list_for(steps) if sigmas is None else sampling.check_sigmas(sigmas)
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        scale = sampling.check_guidance(self.guidance_scale if guidance_scale is None else guidance_scale, len(prompts))
         context, pooled = self.text.encode(prompts)
-        negative = self.text.encode([negative_prompt]) if scale > 1 else None
+        negative = self._negative(negative_prompt, len(given), num_images_per_prompt, guided=bool((scale > 1).any()))
         source = self._source(image, strength, mask, size, len(prompts), times)
+        starts = range(0, len(prompts), batch_size)
         latents, images = [], []
-        for start in _chunks(len(prompts), batch_size, progress):
-            part = slice(start, start + batch_size)
-            x = sampling.sample(
-                self.model,
-                context[part],
-                pooled[part],
-                **source.arguments(part),
-                sigmas=times,
-                method=self.settings.method if method is None else method,
-                guidance_scale=scale,
-                negative=negative,
-                seeds=seeds[part],
-            )
-            latents.append(devices.to_host(x))
-            images.extend(to_images(source.keep(devices.to_host(self.vae.decode(x)), part)))
+        with _bar(progress, len(starts) * source.steps(times)) as bar:
+
+            def after_step(state: sampling.State) -> None:
+                bar.update()
+                if callback is not None:
+                    callback(state)
+
+            for start in starts:
+                part = slice(start, start + batch_size)
+                x = sampling.sample(
+                    self.model,
+                    context[part],
+                    pooled[part],
+                    **source.arguments(part),
+                    sigmas=times,
+                    method=self.settings.method if method is None else method,
+                    guidance_scale=scale[part],
+                    negative=None if negative is None else (_rows(negative[0], part), _rows(negative[1], part)),
+                    seeds=seeds[part],
+                    callback=after_step,
+                )
+                latents.append(devices.to_host(x))
+                images.extend(to_images(source.keep(devices.to_host(self.vae.decode(x)), part)))
         return PipelineOutput(images, np.concatenate(latents), prompts, seeds, times)
+
+    def _negative(self, given: str | Sequence[str], count: int, repeats: int, *, guided: bool) -> tuple[Array, Array] | None:
+        """Text to guide away from, of batch 1 or one row an image; None without guidance."""
+        if not isinstance(given, (str, list, tuple)):
+            raise TypeError(f"negative_prompt must be a string or a list of strings, got {type(given).__name__}")
+        negative = [given] if isinstance(given, str) else [p for p in given for _ in range(repeats)]
+        if not isinstance(given, str) and len(given) != count:
+            raise ValueError(f"negative_prompt must be one for all, or one a prompt: expected {count}, got {len(given)}")
+        if guided:
+            return self.text.encode(negative)
+        if any(negative):
+            warnings.warn("negative_prompt has no effect: guidance is off (guidance_scale must be above 1)", UserWarning, stacklevel=3)
+        return None
 
     def _source(self, image: Any, strength: float | None, mask: Any, size: Any, count: int, times: Array) -> _Source:
         """What sampling starts from: a size, or a picture, its mask and their latents."""
@@ -285,26 +319,33 @@ class _Source:
     latent_mask: Array | None = None
     masked_latents: Array | None = None
 
+    def steps(self, times: Array) -> int:
+        """How many of the steps are run."""
+        steps = len(times) - 1
+        return steps if self.strength is None else steps - sampling.first_step(steps, self.strength)
+
     def arguments(self, part: slice) -> dict[str, Any]:
         """Those of ladd.sample, for some rows of the call."""
         arrays = {"latents": self.latents, "masked_latents": self.masked_latents}
-        rows = {name: a if a is None or len(a) == 1 else a[part] for name, a in arrays.items()}
+        rows = {name: None if a is None else _rows(a, part) for name, a in arrays.items()}
         return {"size": self.size, "strength": self.strength, "mask": self.latent_mask, **rows}
 
     def keep(self, images: Array, part: slice) -> Array:
         """The decoded images with the picture's own pixels where the mask is 0."""
         if self.mask is None or self.picture is None:
             return images
-        return np.where(self.mask > 0, images, self.picture if len(self.picture) == 1 else self.picture[part])
+        return np.where(self.mask > 0, images, _rows(self.picture, part))
 
 
-def _chunks(count: int, batch_size: int, progress: bool) -> Any:
-    starts = range(0, count, batch_size)
-    if not progress:
-        return starts
+def _rows(array: Array, part: slice) -> Array:
+    """Some rows of what is given for each picture, or the one row that serves all."""
+    return array if len(array) == 1 else array[part]
+
+
+def _bar(shown: bool, steps: int) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(starts, desc="sampling", unit="batch")
+    return tqdm(total=steps, desc="sampling", unit="step", disable=not shown)
 
 
 def pipeline_folder(path: str | Path) -> Path:

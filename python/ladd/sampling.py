@@ -68,6 +68,16 @@ def check_sigmas(values: Any) -> Array:
     return array
 
 
+def check_guidance(value: Any, batch: int) -> Array:
+    """Guidance scales [batch], at least 1: 0 is off as 1 is, the velocity with text."""
+    scale = np.asarray(value)
+    if scale.dtype.kind not in "iuf" or not ((scale == 0) | ((scale >= 1) & (scale < 1e6))).all():
+        raise ValueError(f"guidance_scale must be 0 or 1 (off) or a number above 1, got {value!r}")
+    if scale.ndim and scale.shape != (batch,):
+        raise ValueError(f"guidance_scale must be one number, or one an image, shape [{batch}], got {list(scale.shape)}")
+    return np.broadcast_to(np.maximum(scale, 1).astype(np.float32), (batch,))
+
+
 def first_step(steps: int, strength: float) -> int:
     """The step from which `strength` of `steps` are run, rounded as diffusers does."""
     return int(max(steps - min(steps * strength, steps), 0))
@@ -291,14 +301,8 @@ class _Run:
         return sigmas(steps) if steps is not None else check_sigmas(given)
 
     def _guidance(self, given: Any, negative: tuple[Any, Any] | None) -> None:
-        scale = np.asarray(given)
-        if scale.dtype.kind not in "iuf" or not ((scale == 0) | ((scale >= 1) & (scale < 1e6))).all():
-            raise ValueError(f"guidance_scale must be 0 or 1 (off) or a number above 1, got {given!r}")
-        if scale.ndim and scale.shape != self.pooled.shape[:1]:
-            raise ValueError(f"guidance_scale must be one number, or one an image, shape [{len(self.pooled)}], got {list(scale.shape)}")
-        # In a batch of several, 0 is off as 1 is: the velocity with text.
-        self.scale = np.maximum(scale, 1).astype(np.float32).reshape(-1, 1, 1, 1)
-        self.guided = bool((scale > 1).any())
+        self.scale = check_guidance(given, len(self.pooled)).reshape(-1, 1, 1, 1)
+        self.guided = bool((self.scale > 1).any())
         if not self.guided:
             return
         if negative is None:
@@ -401,7 +405,9 @@ class _Run:
             v = self.model(x, np.full(batch, sigma, np.float32), *self.text)
         else:
             both = devices.to_host(self.model(np.concatenate([x, x]), np.full(2 * batch, sigma, np.float32), *self.text))
-            v = both[:batch] + self.scale * (both[batch:] - both[:batch])
+            with_text = both[batch:]
+            # Not v_neg + 1 (v - v_neg) where the scale is 1: that rounds, and a picture is the same alone and beside guided ones.
+            v = np.where(self.scale > 1, both[:batch] + self.scale * (with_text - both[:batch]), with_text)
         return as_float32(devices.to_host(v), "the model's velocity", self.x.shape)
 
     def states(self) -> Iterator[State]:
