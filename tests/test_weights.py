@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from support import mmdit_config, same_bits, vae_config
 
 import ladd
-from ladd import weights
+from ladd import files, weights
 from ladd.single_file import mmdit_to_single
 
 Array = np.ndarray
@@ -509,9 +509,29 @@ def test_legacy_names_of_the_middle_attention(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    weights.write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError, match="stop"), weights.atomic_file(path) as temporary:
+    files.write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError, match="stop"), files.atomic_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("stop")
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_folders_with_other_things_are_not_replaced(tmp_path: Path) -> None:
+    """A checkpoint or pipeline saved to the wrong place must not cost what lies there."""
+
+    def write(path: Path, text: str) -> None:
+        with files.atomic_folder(path, ("a", "b")) as folder:
+            (folder / "a").write_text(text)
+
+    mine = tmp_path / "mine"
+    write(mine, "first")
+    write(mine, "second")
+    assert (mine / "a").read_text() == "second"
+    (mine / "photos").mkdir()
+    with pytest.raises(FileExistsError, match=r"mine holds 'photos', which would be lost; save to a new folder"):
+        write(mine, "third")
+    assert (mine / "a").read_text() == "second" and [p.name for p in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(NotADirectoryError, match="must be a folder, it is a file"):
+        write(mine / "a", "fourth")
+    assert (mine / "a").read_text() == "second"

@@ -19,9 +19,9 @@ from . import device as devices
 from . import pictures, sampling
 from .arrays import Array, seeds_for
 from .config import check_keys, from_dict, load_json, to_dict
+from .files import atomic_folder, write_json
 from .models import AutoencoderKL, MMDiT
 from .text import WordEncoder
-from .weights import write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -395,12 +395,11 @@ def save_pipeline(
     default: str | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Writes a pipeline folder with one or more transformers, aside and renamed: whoever sees `path` sees all of it.
+    """Writes a pipeline folder with one or more transformers, aside and renamed: whoever sees `path` sees all of it. It replaces a pipeline
+    that is there; a folder that holds anything else is an error.
 
     models, settings: by name ("student", "teacher"); each goes to the folder its settings name. default: the first if not given.
     """
-    from .training.common import atomic_folder
-
     if not models or set(models) != set(settings):
         raise ValueError(f"models and settings must have the same names, at least one, got {sorted(models)} and {sorted(settings)}")
     default = default or next(iter(models))
@@ -410,7 +409,10 @@ def save_pipeline(
     for name, model in models.items():
         Pipeline(model, vae, text, settings[name])  # checks that they fit
     index: dict[str, Any] = {"_class_name": "LADDPipeline"}
-    with atomic_folder(Path(path)) as folder:
+    known = {"model_index.json", "ladd.json", "vae", "text_encoder", "scheduler", *folders}
+    if Path(path, "ladd.json").is_file():  # the transformers of the pipeline that is replaced
+        known |= {read_settings(Path(path), name).folder for name in model_names(path)}
+    with atomic_folder(Path(path), known) as folder:
         for name, model in models.items():
             model.save_pretrained(folder / settings[name].folder, dtype=dtype)
             index[settings[name].folder] = ["diffusers", TRANSFORMER_CLASS]

@@ -1,17 +1,14 @@
 """Weights on disk: safetensors files, diffusers' folders and Stability's single files, in and out.
 
 Reading trusts nothing: the header is checked against the file's size before any tensor is touched, tensors are read by plain
-reads (a file that is cut while it is open is an error, not a crash), 16- and 8-bit floats become float32. Writing is atomic: a
-temporary file beside the target, flushed to disk, then renamed over it.
+reads (a file that is cut while it is open is an error, not a crash), 16- and 8-bit floats become float32. Writing is atomic (files.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 
 from .arrays import Array, as_float32
 from .config import AutoencoderKLConfig, MMDiTConfig, from_dict, load_json
+from .files import atomic_file, write_json
 
 STEM = "diffusion_pytorch_model"
 SAVE_DTYPES = ("float32", "float16", "bfloat16")
@@ -169,34 +167,6 @@ def _reader(path: Path, name: str, offset: int, count: int, shape: tuple[int, ..
         return convert(np.frombuffer(buffer, dtype=kind)).reshape(shape)
 
     return read
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Write to the path given here: on success it is flushed and renamed to `path`, on failure removed and `path` stays."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush(path: str | Path) -> None:
-    """fsync of a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str | Path, table: Mapping[str, Any]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_safetensors(

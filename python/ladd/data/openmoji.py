@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _purposes
+from ..files import atomic_file
 
 Array = npt.NDArray[Any]
 
@@ -247,12 +248,8 @@ def _atlas(folder: Path) -> Array:
         atlas[record.index, ..., :3] = (rgba[..., :3] * alpha + 127) // 255
         atlas[record.index, ..., 3:] = alpha
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, atlas)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return atlas
 
 

@@ -12,7 +12,6 @@ set may be larger than the memory.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..training.common import fsync_path, write_atomic
+from ..files import atomic_file, write_json
 
 Array = NDArray[Any]
 
@@ -98,14 +97,12 @@ class ShardWriter:
         if not np.isfinite(latents).all():
             raise ValueError("latents must be finite, got NaN or infinite values")
         name = f"{self.prefix}-{len(self.files):05d}.safetensors"
-        temporary = self.folder / f".{name}.tmp"
         metadata = {"format": "ladd-latents"} | ({} if prompts is None else {"prompts": json.dumps(list(prompts))})
-        save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, temporary, metadata)
-        fsync_path(temporary)
-        os.replace(temporary, self.folder / name)
+        with atomic_file(self.folder / name) as temporary:
+            save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, temporary, metadata)
         self.files.append({"file": name, "count": n})
         index = {"format": FORMAT, "provenance": self.provenance, "count": self.count, "shards": self.files}
-        write_atomic(self.folder / "index.json", json.dumps(index, indent=1).encode())
+        write_json(self.folder / "index.json", index)
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:

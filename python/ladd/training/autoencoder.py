@@ -20,7 +20,9 @@ from .. import config as configs
 from .. import device as devices
 from ..config import AdamWConfig, AutoencoderKLConfig
 from ..data import openmoji
+from ..files import atomic_folder
 from ..models import AutoencoderKL
+from ..weights import STEM
 from . import common
 
 Array = NDArray[Any]
@@ -188,6 +190,6 @@ def finish(vae: AutoencoderKL, train: openmoji.Views, settings: AutoencoderRun, 
     mean, deviation = latent_statistics(vae, train, settings.statistics_views, settings.seed)
     result = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=1 / deviation, shift_factor=mean, sample_size=settings.image_size))
     result._core.flat[:] = devices.to_host(vae._core.flat)
-    with common.atomic_folder(folder) as temporary:
+    with atomic_folder(folder, ("config.json", f"{STEM}.safetensors")) as temporary:
         result.save_pretrained(temporary)
     return folder

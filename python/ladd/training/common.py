@@ -26,12 +26,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _core
+from .. import _core, files
 from .. import config as configs
 from .. import device as devices
 
 Array = NDArray[Any]
 State = tuple[dict[str, Array], dict[str, Any]]  # arrays and counters
+
+WEIGHTS, COUNTERS = "state.safetensors", "state.json"  # a checkpoint's files
 
 # Keys of [run] that steer a run without changing what a step computes: they may differ when a run is resumed.
 CONTROL = ("steps", "max_minutes", "checkpoint_every", "sample_every", "validation_views", "keep")
@@ -153,48 +155,6 @@ def check_state(given: State, expected: State, what: str) -> None:
 # ---- files ------------------------------------------------------------------------------------------------------------
 
 
-def fsync_path(path: Path) -> None:
-    """Flushes a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder beside `path`; on success it is synced and takes the name, else it is removed. Whoever sees `path` sees all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = path.parent / f".{path.name}.tmp", path.parent / f".{path.name}.old"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            fsync_path(file)
-        fsync_path(temporary)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-        os.rename(temporary, path)
-        fsync_path(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file by a complete new one, or leaves it alone."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
-
-
 def sha256(*arrays: Array) -> str:
     """Hash of the bytes of arrays: the identity of weights in provenance and checks."""
     digest = hashlib.sha256()
@@ -212,9 +172,9 @@ def save_state(path: Path, state: State, **header: Any) -> None:
     from safetensors.numpy import save_file
 
     arrays, counters = state
-    with atomic_folder(path) as folder:
-        save_file({k: np.ascontiguousarray(devices.to_host(a)) for k, a in arrays.items()}, folder / "state.safetensors")
-        (folder / "state.json").write_text(json.dumps({**header, "counters": counters}, indent=1))
+    with files.atomic_folder(path, (WEIGHTS, COUNTERS)) as folder:
+        save_file({k: np.ascontiguousarray(devices.to_host(a)) for k, a in arrays.items()}, folder / WEIGHTS)
+        (folder / COUNTERS).write_text(json.dumps({**header, "counters": counters}, indent=1))
 
 
 def read_state(path: Path) -> tuple[State, dict[str, Any]]:
@@ -223,11 +183,11 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     from safetensors.numpy import load_file
 
     old = path.parent / f".{path.name}.old"
-    if old.exists() and not path.exists():  # killed between the two renames of atomic_folder
+    if old.exists() and not path.exists():  # killed between the two renames of files.atomic_folder
         os.rename(old, path)
     try:
-        header = json.loads((path / "state.json").read_text())
-        arrays = load_file(path / "state.safetensors")
+        header = json.loads((path / COUNTERS).read_text())
+        arrays = load_file(path / WEIGHTS)
         return (arrays, header.pop("counters")), header
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not a checkpoint: {error.filename} is missing") from None
@@ -256,7 +216,7 @@ def save_grid(path: Path, images: Array, columns: int) -> None:
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+    files.write_bytes(path, buffer.getvalue())
 
 
 # ---- a run ------------------------------------------------------------------------------------------------------------
@@ -340,7 +300,7 @@ class Run:
             if header["steps"] and header["max_minutes"] == self.settings.max_minutes and not self._planned:
                 self.steps, self._planned = min(self.steps, header["steps"]), True
         else:
-            write_atomic(self.out / "config.json", json.dumps({"hash": self.hash, **self.config}, indent=1).encode())
+            files.write_json(self.out / "config.json", {"hash": self.hash, **self.config})
         self._open_metrics()
 
     def _same_config(self, saved: Mapping[str, Any]) -> None:
@@ -365,7 +325,7 @@ class Run:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, KeyError):
                     continue  # the line during which the run was killed
-        write_atomic(path, "".join(kept).encode())
+        files.write_bytes(path, "".join(kept).encode())
         self._metrics = open(path, "a", encoding="utf-8")
 
     def __iter__(self) -> Iterator[int]:

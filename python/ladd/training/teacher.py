@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from .. import device as devices
 from ..config import AdamWConfig, MMDiTConfig
 from ..data import openmoji
 from ..data.shards import epoch_rows
+from ..files import atomic_file
 from ..models import AutoencoderKL, MMDiT
 from ..pipeline import SamplerSettings, save_pipeline
 from ..text import EMPTY, PADDING, WordEncoder, build_vocabulary
@@ -175,9 +175,8 @@ def latent_bank(vae: AutoencoderKL, data: TeacherData, seed: int, size: int) -> 
             return stored["latents"], [str(text) for text in stored["texts"]]
     latents, texts = encode_views(vae, openmoji.Views(seed=seed, size=size), data.views)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
-    np.savez(temporary, latents=latents, texts=np.array(texts))
-    temporary.replace(path)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, latents=latents, texts=np.array(texts))
     return latents, texts
 
 
