@@ -8,13 +8,21 @@
 extern "C" {
 #endif
 
-enum { LADD_DEVICE_API = 1 }; /* raised when this struct or the table of kernels changes: both sides must agree */
+enum { LADD_DEVICE_API = 2 }; /* raised when this struct or the table of kernels changes: both sides must agree */
 
 typedef struct ladd_device_info {
     char name[256], architectures[128]; /* architectures: what the kernels were compiled for */
     int capability, driver, runtime;    /* 90 for 9.0; 13000 for 13.0 */
     size_t memory_free, memory_total;
 } ladd_device_info;
+
+/* Which engine serves attention calls of one type, head size and pass, by the tokens of all streams together. */
+enum { LADD_ATTENTION_RULES = 64 };
+typedef struct ladd_attention_rule {
+    ladd_dtype act;
+    int dh, backward, least, most; /* tokens, both included */
+    int cudnn;                     /* 1: cuDNN, where it is there and takes the shape; 0: the device's own kernels */
+} ladd_attention_rule;
 
 typedef struct ladd_device_api {
     int version;
@@ -42,6 +50,8 @@ typedef struct ladd_device_api {
     ladd_status (*capture_end)(void *state, void **graph);
     ladd_status (*replay)(void *state, void *graph);
     void (*graph_free)(void *graph);
+    /* The first rule that fits decides; none: the device's own kernels. Replaces the rules from before. */
+    ladd_status (*attention_rules)(void *state, const ladd_attention_rule *rules, int n);
 } ladd_device_api;
 
 #define LADD_DEVICE_CAPSULE "ladd.device_api"

@@ -73,6 +73,13 @@ constexpr float LOG2_E = 1.4426950408889634f;
 /* attention_engine.cu: *done says whether cuDNN was chosen and has done it. */
 template <typename T>
 ladd_status attention_by_cudnn(const ladd_context *ctx, const attention_args<T> &a, bool backward, bool *done);
+/* attention_cudnn.cu, for one stream of tokens, which is part[0]; gradients have the strides of what they are gradients of. Whether the library can
+ * be opened (a sentence says why not); the plan of a call, made once a shape; the call, after its plan. */
+bool attention_cudnn_there();
+template <typename T>
+ladd_status attention_cudnn_plan(const ladd_context *ctx, const attention_args<T> &a, bool backward);
+template <typename T>
+ladd_status attention_cudnn_run(const ladd_context *ctx, const attention_args<T> &a, bool backward);
 template <typename T>
 ladd_status attention_forward_mma(const ladd_context *ctx, attention_args<T> a);
 template <typename T>

@@ -1,8 +1,4 @@
 /* Devices: opening and closing, streams, memory, errors; the functions of csrc/device.h and cuda/device.h. */
-extern "C" {
-#include "../csrc/device.h"
-}
-
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -506,6 +502,15 @@ static ladd_status replay(void *opaque, void *graph) {
     return check(state, cudaGraphLaunch(((ladd_cuda_graph *)graph)->ready, state->stream), "cudaGraphLaunch");
 }
 
+static ladd_status attention_rules(void *opaque, const ladd_attention_rule *rules, int n) {
+    ladd_cuda_state *state = (ladd_cuda_state *)opaque;
+    if (n < 0 || n > LADD_ATTENTION_RULES)
+        return ladd_fail(LADD_ERR_VALUE, "attention rules: at most %d for one device expected, got %d", (int)LADD_ATTENTION_RULES, n);
+    for (int i = 0; i < n; i++) state->attention[i] = rules[i];
+    state->attention_rules = n;
+    return LADD_OK;
+}
+
 static void connect(ladd_status (*to_core)(ladd_status, const char *), ladd_status (*locate)(const char *, char *, size_t)) {
     report = to_core;
     ladd_cuda_locate = locate;
@@ -516,4 +521,4 @@ static const ladd_backend *backend_for(ladd_dtype act) { return act == LADD_F32 
 extern "C" const ladd_device_api ladd_cuda_api = {
     LADD_DEVICE_API, sizeof(ladd_backend), connect,  count_devices, open_state, close_state, enter,    backend_for,   info,        wait,
     stream,          use_stream,           wait_for, let_wait,      record,     passed,      owner_of, capture_begin, capture_end, replay,
-    graph_free};
+    graph_free,      attention_rules};

@@ -8,7 +8,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-#include "../csrc/backend.h"
+#include "../csrc/device.h"
 
 /* Scratch of the kernels: one block a slot, grown on demand, kept. Work on one stream runs in order, so a kernel may use a slot again as soon as the
  * launch that read it was queued. A wrapper that is called by another wrapper takes another slot. */
@@ -29,11 +29,14 @@ typedef struct ladd_cuda_state {
     char *stage_host, *stage_device;
     cudaEvent_t stage_done[LADD_CUDA_STAGES];
     int stage_next;
-    double *result;                                   /* [8] pinned: numbers that a kernel hands to the host */
-    int tf32;                                         /* 1: f32 products may round their inputs to TF32 */
-    void *plans[LADD_CUDA_PLANS];                     /* caches of linear.cu, conv2d.cu, ...: each file owns one, see LADD_CUDA_PLANS_ */
-    void (*plans_free[LADD_CUDA_PLANS])(void *plans); /* set with it */
-    ladd_status broken;                               /* not LADD_OK: an error that CUDA does not recover from came on this device */
+    double *result;                                      /* [8] pinned: numbers that a kernel hands to the host */
+    int tf32;                                            /* 1: f32 products may round their inputs to TF32 */
+    void *plans[LADD_CUDA_PLANS];                        /* caches of linear.cu, conv2d.cu, ...: each file owns one, see LADD_CUDA_PLANS_ */
+    void (*plans_free[LADD_CUDA_PLANS])(void *plans);    /* set with it */
+    ladd_attention_rule attention[LADD_ATTENTION_RULES]; /* attention_engine.cu */
+    int attention_rules;                                 /* how many there are */
+    int cudnn;                                           /* 1: it can be opened, -1: it cannot, 0: not tried for a rule yet */
+    ladd_status broken;                                  /* not LADD_OK: an error that CUDA does not recover from came on this device */
 } ladd_cuda_state;
 enum { LADD_CUDA_PLANS_LINEAR = 0, LADD_CUDA_PLANS_ATTENTION, LADD_CUDA_PLANS_CONV };
 

@@ -98,6 +98,14 @@ ladd_status LADD_CUDA(add_position)(LADD_CTX, ladd_act *x, const ladd_act *table
 
 /* ---- timestep features ----------------------------------------------------------------------------------------------- */
 
+/* Sine and cosine in double, by way of a / pi: periods of 2 are taken off exactly, and 1 / pi in two parts keeps the rest as exact as a double is.
+ * (sin() of a double reduces large arguments with a table in local memory.) */
+__device__ __forceinline__ void sine_cosine(double a, double *sine, double *cosine) {
+    constexpr double INVERSE = 0x1.45f306dc9c883p-2, REST = -0x1.6b01ec5417056p-56;
+    const double half_turns = a * INVERSE, rest = fma(a, INVERSE, -half_turns) + a * REST;
+    sincospi(half_turns - 2.0 * rint(0.5 * half_turns) + rest, sine, cosine);
+}
+
 /* The rounding steps of csrc/cpu/patch.c, which say why: exponent in float, exp in double rounded to float, product in float, sine and cosine in
  * double. */
 template <typename T>
@@ -106,8 +114,10 @@ __global__ void __launch_bounds__(LADD_BLOCK) timestep_features_kernel(T *f, con
     if (i >= half) return;
     const float exponent = __fdiv_rn(__fmul_rn(-9.210340371976184f, (float)i), (float)half), frequency = (float)exp((double)exponent);
     const float a = __fmul_rn(__fmul_rn(sigma[b], 1000.0f), frequency);
-    f[(int64_t)b * dim + i] = ladd_from_float<T>((float)cos((double)a));
-    f[(int64_t)b * dim + half + i] = ladd_from_float<T>((float)sin((double)a));
+    double sine, cosine;
+    sine_cosine((double)a, &sine, &cosine);
+    f[(int64_t)b * dim + i] = ladd_from_float<T>((float)cosine);
+    f[(int64_t)b * dim + half + i] = ladd_from_float<T>((float)sine);
 }
 
 ladd_status LADD_CUDA(timestep_features)(LADD_CTX, ladd_act *f, const float *sigma, int B, int dim) {

@@ -337,6 +337,32 @@ static PyObject *device_replay(PyObject *object, PyObject *capsule) {
     Py_RETURN_NONE;
 }
 
+static PyObject *device_set_attention(PyObject *object, PyObject *given) {
+    core_device *self = (core_device *)object;
+    ladd_attention_rule rules[LADD_ATTENTION_RULES];
+    core_call call;
+    PyObject *list = PySequence_Fast(given, "attention rules: expected a sequence");
+    Py_ssize_t n = list ? PySequence_Fast_GET_SIZE(list) : -1;
+    if (n > LADD_ATTENTION_RULES) {
+        PyErr_Format(PyExc_ValueError, "attention rules: at most %d for one device expected, got %zd", LADD_ATTENTION_RULES, n);
+        n = -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        ladd_attention_rule *r = &rules[i];
+        PyObject *row = PySequence_Fast_GET_ITEM(list, i), *dtype;
+        if (!PyTuple_Check(row))
+            PyErr_Format(PyExc_TypeError, "attention rules: tuples expected, got %.100s", Py_TYPE(row)->tp_name);
+        else if (PyArg_ParseTuple(row, "Oipiip:set_attention", &dtype, &r->dh, &r->backward, &r->least, &r->most, &r->cudnn) &&
+                 core_dtype(dtype, "dtype", &r->act) == 0)
+            continue;
+        n = -1;
+    }
+    Py_XDECREF(list);
+    if (n < 0 || core_begin(&call, NULL, self, LADD_F32) < 0 || core_end(&call, self->api->attention_rules(self->state, rules, (int)n)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *device_index(PyObject *object, void *unused) {
     (void)unused;
     return PyLong_FromLong(((core_device *)object)->index);
@@ -355,6 +381,8 @@ static PyMethodDef methods[] = {
     CORE_METHOD("empty", device_empty, "empty(shape, dtype='float32', zeroed=False) -> DeviceArray"),
     {"from_dlpack", device_from_dlpack, METH_VARARGS, "from_dlpack(value, name) -> DeviceArray on the same memory"},
     {"from_pointer", device_from_pointer, METH_VARARGS, "from_pointer(owner, name, pointer, shape, typestr, stream) -> DeviceArray on that memory"},
+    {"set_attention", device_set_attention, METH_O,
+     "set_attention([(dtype, head_dim, backward, least, most, cudnn)]): which engine serves attention; the first that fits decides"},
     {"capture_begin", device_capture_begin, METH_NOARGS, "capture_begin(): calls are recorded and not run until capture_end()"},
     {"capture_end", device_capture_end, METH_NOARGS, "capture_end() -> graph"},
     {"replay", device_replay, METH_O, "replay(graph): runs what was recorded, on the same memory"},

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
+from . import _core, attention
 from .arrays import Array, as_float32, check_shape
 
 Device = _core.Device
@@ -40,7 +40,10 @@ def get(name: str) -> Device | None:
     index = int(match[1] or 0)
     with _lock:
         if index not in _open:
-            _open[index] = Device(_provider(), index)
+            opened = Device(_provider(), index)
+            about = opened.info()
+            opened.set_attention(attention.rules(about["name"], about["capability"]))
+            _open[index] = opened
         return _open[index]
 
 

@@ -101,6 +101,11 @@ static inline void ladd_emulator_sincospif(float x, float *s, float *c) {
     *c = (float)cos(M_PI * (double)x);
 }
 #define sincospif ladd_emulator_sincospif
+static inline void ladd_emulator_sincospi(double x, double *s, double *c) {
+    *s = sin(M_PI * x);
+    *c = cos(M_PI * x);
+}
+#define sincospi ladd_emulator_sincospi
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
