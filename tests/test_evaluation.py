@@ -260,11 +260,13 @@ class Drawings:
         self.records = {record.name: record for record in openmoji.train_records() + openmoji.heldout_records("combination")}
         self.vae = SimpleNamespace(encode=lambda images: images, decode=lambda latents: latents)
         self.calls: list[tuple[int, float, int]] = []
+        self.seeds: set[int] = set()
 
     def __call__(self, prompts: list[str], *, steps: int, guidance_scale: float, seed: list[int], batch_size: int) -> Any:
         from PIL import Image
 
         self.calls.append((steps, guidance_scale, len(prompts)))
+        self.seeds.update(seed)
         images = []
         for prompt, number in zip(prompts, seed, strict=True):
             pixels = np.full((64, 64, 3), 128, np.uint8)
@@ -324,9 +326,14 @@ def test_table_of_a_perfect_and_a_useless_model(network_folder: Any, tmp_path: A
     assert teacher.calls[:3] == [(50, 3.0, 32)] * 3
     assert sorted({call[:2] for call in teacher.calls}) == [(1, 1.0), (2, 1.0), (4, 1.0), (4, 3.0), (50, 3.0)]
     assert result["bar"]["met"] is False
+    # Every row has the same seeds, each evaluation seed its own, and none is a seed of `ladd generate` (run.seed << 32, upwards).
+    assert teacher.seeds == student.seeds and len(teacher.seeds) == 2 * 96 and min(teacher.seeds) >= 1 << 62
     stored = json.loads((tmp_path / "evaluation.json").read_text())
     assert stored["seeds"]["train"]["1"]["student, 1 step"]["fid"] == result["seeds"]["train"]["1"]["student, 1 step"]["fid"]
     page = (tmp_path / "evaluation.md").read_text()
+    assert "the row of real pictures shows by how much" in page
+    result["bar"]["four_steps"]["fid_ratio_above_real"] = 1.5
+    assert "(at most 1.2; x1.50 of what lies above real pictures), recall" in evaluate.markdown(result)
     assert "they compare with nothing" in page
     assert page.count("| student, 1 step |") == 2
     assert "**not met**" in page
@@ -347,6 +354,9 @@ def summary(**fid: float) -> dict[str, Any]:
 def test_the_bar() -> None:
     good = summary(one=3.0, four=2.4, plain=9.0, guided=3.1, fifty=2.0)
     assert evaluate.bar(good)["met"] is True
+    assert np.isnan(evaluate.bar(good)["four_steps"]["fid_ratio_above_real"])
+    good["real pictures"] = {"fid": {"mean": 1.5, "std": 0.0}}
+    assert evaluate.bar(good)["four_steps"]["fid_ratio_above_real"] == pytest.approx(0.9 / 0.5)
     assert evaluate.bar(summary(one=3.2, four=2.4, plain=9.0, guided=3.1, fifty=2.0))["one_step"]["met"] is False
     assert evaluate.bar(summary(one=3.0, four=2.5, plain=9.0, guided=3.1, fifty=2.0))["four_steps"]["met"] is False
     good["student, 4 steps"]["recall"]["mean"] = 0.7

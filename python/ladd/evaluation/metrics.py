@@ -70,7 +70,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: mean and standard deviation of polynomial_mmd over random subsets of `size` pictures of each set.
 
-    The default size is half of the smaller set, at most 1000. Unbiased, so sets of different sizes may be compared.
+    The default size is half of the smaller set, at most 1000. Unbiased for pictures that are drawn independently, so that sets of
+    different sizes may be compared; several pictures of one prompt are nearer to each other than such pictures are, and raise it.
     """
     a, b = _pair(x, y, rows=4)
     smaller = min(len(a), len(b))
