@@ -72,7 +72,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bools": ({"latents": LATENTS > 0}, TypeError, "latents must hold real numbers .* bool"),
     "words": ({"latents": "noise"}, TypeError, "latents must be an array .* got str"),
     "nothing": ({"latents": None}, TypeError, "latents must be an array .* got NoneType"),
-    "ragged": ({"latents": [[1, 2], [3]]}, TypeError, "latents cannot become an array"),
+    "ragged": ({"latents": [[1, 2], [3]]}, TypeError, "latents cannot become a float32 array"),
     "sigma above 1": ({"sigma": [0.5, 1.5]}, ValueError, r"sigma must be in \[0, 1\]"),
     "sigma of steps": ({"sigma": 500}, ValueError, r"sigma must be in \[0, 1\], got \[500.0, 500.0\]"),
     "sigma NaN": ({"sigma": float("nan")}, ValueError, "sigma must be in"),
@@ -81,6 +81,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tokens": ({"context": CONTEXT[:, :0]}, ValueError, "context must have at least one token"),
     "pooled width": ({"pooled": POOLED[:, :9]}, ValueError, r"pooled must have shape \[2, 10\], got \[2, 9\]"),
     "skip of a block that is not there": ({"skip_layers": (3,)}, ValueError, r"skip_layers must be block indices in \[0, 3\), got \[3\]"),
+    "NaN latents": (
+        {"latents": np.where(LATENTS > 2, np.nan, LATENTS)},
+        ValueError,
+        "latents must be finite, got [0-9]+ NaN or infinite of 384",
+    ),
+    "infinite context": ({"context": np.full_like(CONTEXT, np.inf)}, ValueError, "context must be finite"),
+    "infinite pooled": ({"pooled": np.full_like(POOLED, -np.inf)}, ValueError, "pooled must be finite"),
+    "one skip": ({"skip_layers": 1}, TypeError, "skip_layers must be a sequence of block indices, got 1"),
     "skip order": ({"skip_layers": (1, 0)}, ValueError, "ascending order"),
 }
 
@@ -105,6 +113,18 @@ def test_bad_models() -> None:
         MODEL.features(LATENTS, 0.5, CONTEXT, POOLED, taps=())
     with pytest.raises(ValueError, match=r"taps must be block indices in \[0, 3\)"):
         MODEL.features(LATENTS, 0.5, CONTEXT, POOLED, taps=(0, -1))
+
+
+def test_bytes_are_no_images() -> None:
+    with pytest.raises(ValueError, match=r"images must be in \[-1, 1\] \(x / 127.5 - 1 of bytes\), got values from 0 to 255"):
+        VAE.encode(np.linspace(0, 255, 3 * 64, dtype=np.uint8).reshape(1, 3, 8, 8))
+
+
+def test_a_grid_is_two_numbers() -> None:
+    features = MODEL.features(LATENTS, 0.5, CONTEXT, POOLED, taps=(0, 2))
+    for grid in (12, (3,), (3, 0), (3.0, 4.0)):
+        with pytest.raises(ValueError, match=r"grid must be \(rows, columns\) of tokens, each at least 1, got "):
+            HEADS(features, 0.5, POOLED, grid=grid)  # type: ignore[arg-type]
 
 
 def test_rows_that_do_not_fill_a_patch_are_left_out() -> None:

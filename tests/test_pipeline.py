@@ -165,6 +165,16 @@ def test_bad_calls(student: ladd.Pipeline, values: dict[str, Any], kind: type[Ex
         student(**{"prompt": "red apple", **values})
 
 
+def test_folders_that_are_no_pipelines(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"student is no pipeline: vae/, text_encoder/ and a transformer's folder expected"):
+        ladd.Pipeline.from_pretrained(folder / "student")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text('{"architectures": ["CLIPTextModelWithProjection"]}')
+    with pytest.raises(ValueError, match=r"another text encoder than WordEncoder; encode the text with it and call ladd\.sample"):
+        ladd.Pipeline.from_pretrained(tmp_path)
+
+
 def test_parts_that_do_not_fit(student: ladd.Pipeline) -> None:
     words = ladd.WordEncoder(["red"], context_dim=5, pooled_dim=12)
     with pytest.raises(ValueError, match="the transformer's context width is 12, the other part's 5"):

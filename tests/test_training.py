@@ -236,6 +236,17 @@ def test_parts_that_do_not_fit() -> None:
         distillation.LADD(t.student, t.teacher, deep)
 
 
+def test_a_configuration_may_be_a_table() -> None:
+    t = trainer()
+    parts = t.student, t.teacher, t.discriminator
+    assert distillation.LADD(*parts, {"student": {"lr": 0.5}}).config.student.lr == 0.5
+    with pytest.raises(ValueError, match="unknown key 'los'; did you mean 'loss'"):
+        distillation.LADD(*parts, {"los": "hinge"})
+    with pytest.raises(TypeError, match="LADDConfig must be a table of keys and values, got int"):
+        distillation.LADD(*parts, 3)  # type: ignore[arg-type]
+    assert repr(t).startswith("<ladd.LADD of <ladd.MMDiT, ") and repr(t).endswith(", 0 updates>")
+
+
 def test_load_refuses_what_does_not_belong(tmp_path: Path) -> None:
     t = trainer()
     t.step(*data())

@@ -274,6 +274,8 @@ def test_folders_that_are_not_models(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         ladd.MMDiT.from_pretrained(tmp_path)
     ladd.AutoencoderKL(vae_config()).save_pretrained(tmp_path / "vae")
+    with pytest.raises(FileNotFoundError, match=r"neither itself nor in transformer/; one of its folders may be meant: vae"):
+        ladd.MMDiT.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="describes a AutoencoderKL, expected SD3Transformer2DModel"):
         ladd.MMDiT.from_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "vae" / "diffusion_pytorch_model.bin")

@@ -88,5 +88,5 @@ def _as_numpy(value: Any, name: str) -> NDArray[Any]:
         try:
             return np.asarray(value)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"{name} cannot become an array ({type(value).__name__}: {error})") from None
+            raise TypeError(f"{name} cannot become a float32 array ({type(value).__name__}: {error})") from None
     raise TypeError(f"{name} must be an array (NumPy, or anything with __dlpack__ or __array__), got {type(value).__name__}")

@@ -7,7 +7,7 @@ P pooled width.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
@@ -24,6 +24,7 @@ from .weights import TensorRef, check_names, finite_weights, load_autoencoder, l
 C = TypeVar("C", MMDiTConfig, AutoencoderKLConfig, DiscriminatorConfig)
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # the posterior's log variance is cut to this range
+_FAR = 16.0  # images beyond it are bytes that were not scaled; up to it they may be noisy ones
 
 
 class _Model(abc.ABC, Generic[C]):
@@ -178,7 +179,7 @@ class MMDiT(_Model[MMDiTConfig]):
 
     def _inputs(self, latents: Any, sigma: Any, context: Any, pooled: Any) -> tuple[Array, Array, Array, Array]:
         c = self.config
-        x = self._array(latents, "latents", ("B", c.in_channels, "H", "W"))
+        x = self._array(latents, "latents", ("B", c.in_channels, "H", "W"), finite=True)
         batch, _, height, width = x.shape
         p = c.patch_size
         if batch == 0 or height < p or width < p:
@@ -187,12 +188,14 @@ class MMDiT(_Model[MMDiTConfig]):
             raise ValueError(
                 f"latents must have at most pos_embed_max_size * patch_size = {c.pos_embed_max_size * p} pixels a side, got {height} x {width}"
             )
-        y = self._array(context, "context", (batch, "T", c.joint_attention_dim))
+        y = self._array(context, "context", (batch, "T", c.joint_attention_dim), finite=True)
         if y.shape[1] == 0:
             raise ValueError(f"context must have at least one token, got shape {list(y.shape)}")
-        return x, per_sample(sigma, "sigma", batch), y, self._array(pooled, "pooled", (batch, c.pooled_projection_dim))
+        return x, per_sample(sigma, "sigma", batch), y, self._array(pooled, "pooled", (batch, c.pooled_projection_dim), finite=True)
 
     def _blocks(self, blocks: Sequence[int], name: str) -> tuple[int, ...]:
+        if isinstance(blocks, (str, bytes)) or not isinstance(blocks, Iterable):
+            raise TypeError(f"{name} must be a sequence of block indices, got {blocks!r}")
         values = tuple(blocks)
         for block in values:
             if isinstance(block, bool) or not isinstance(block, (int, np.integer)) or not 0 <= block < self.config.num_layers:
@@ -288,9 +291,9 @@ class Discriminator(_Model[DiscriminatorConfig]):
         if not isinstance(features, (list, tuple)) or len(features) != len(c.taps):
             given = f"{len(features)}" if isinstance(features, (list, tuple)) else type(features).__name__
             raise ValueError(f"features must be a list of {len(c.taps)} arrays, one for each tap, got {given}")
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(not isinstance(n, (int, np.integer)) or n < 1 for n in grid):
+            raise ValueError(f"grid must be (rows, columns) of tokens, each at least 1, got {grid!r}")
         height, width = (int(n) for n in grid)
-        if height < 1 or width < 1:
-            raise ValueError(f"grid must be (rows, columns) of tokens, each at least 1, got {grid}")
         first = self._array(features[0], "features[0]", ("B", height * width, c.feature_dim))
         rest = [self._array(f, f"features[{i + 1}]", first.shape) for i, f in enumerate(features[1:])]
         batch = first.shape[0]
@@ -366,6 +369,8 @@ class AutoencoderKL(_Model[AutoencoderKLConfig]):
         f = c.spatial_factor
         if 0 in x.shape or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"images must have B >= 1 and H and W that are multiples of {f}, got shape {list(x.shape)}")
+        if isinstance(x, np.ndarray) and not -_FAR <= x.min() <= x.max() <= _FAR:
+            raise ValueError(f"images must be in [-1, 1] (x / 127.5 - 1 of bytes), got values from {x.min():g} to {x.max():g}")
         return x
 
     def _scale(self, z: Array) -> Array:

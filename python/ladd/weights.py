@@ -219,7 +219,9 @@ def model_folder(path: str | Path, subfolder: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     inside = f", neither itself nor in {subfolder}/" if subfolder else ""
-    raise FileNotFoundError(f"{path} has no config.json{inside}")
+    others = sorted(p.parent.name for p in path.glob("*/config.json"))
+    hint = f"; one of its folders may be meant: {', '.join(others)}" if others else ""
+    raise FileNotFoundError(f"{path} has no config.json{inside}{hint}")
 
 
 def read_folder(folder: Path, *, stem: str = STEM, variant: str | None = None) -> dict[str, TensorRef]:

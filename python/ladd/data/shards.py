@@ -79,10 +79,11 @@ class ShardWriter:
         """Rows that are safely written."""
         return sum(f["count"] for f in self.files)
 
-    def write(self, arrays: Mapping[str, Array], prompts: Sequence[str] | None = None) -> None:
+    def write(self, arrays: Mapping[str, Any], prompts: Sequence[str] | None = None) -> None:
         """Adds one shard. arrays: latents, and seed, context, pooled where there are any; all with the same number of rows."""
         from safetensors.numpy import save_file
 
+        arrays = {name: np.asarray(a) for name, a in arrays.items()}
         latents = arrays["latents"]
         n = len(latents)
         if n == 0 or latents.ndim != 4:

@@ -91,12 +91,12 @@ class LADD:
         student: MMDiT,
         teacher: MMDiT,
         discriminator: Discriminator,
-        config: LADDConfig | None = None,
+        config: LADDConfig | Mapping[str, Any] | None = None,
         *,
         allow_noise_latents: bool = False,
     ) -> None:
         self.student, self.teacher, self.discriminator = student, teacher, discriminator
-        self.config = config or LADDConfig()
+        self.config = config if isinstance(config, LADDConfig) else configs.from_dict(LADDConfig, {} if config is None else config)
         self.allow_noise_latents = allow_noise_latents
         self._check_models()
         self.loss = losses.by_name(self.config.loss)
@@ -107,6 +107,9 @@ class LADD:
         self.rate_scale = 1.0
         self.iteration = 0  # student updates
         self.passes = 0  # draws of times and noise
+
+    def __repr__(self) -> str:
+        return f"<ladd.LADD of {self.student!r}, {self.discriminator!r}, {self.iteration} updates>"
 
     def _check_models(self) -> None:
         for name, kind in (("student", MMDiT), ("teacher", MMDiT), ("discriminator", Discriminator)):
