@@ -153,13 +153,11 @@ class Pipeline:
         folder = pipeline_folder(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)")
+        settings = read_settings(folder, model)
         if not (folder / "vae").is_dir():
             raise FileNotFoundError(
                 f"{folder} is no pipeline: vae/, text_encoder/ and a transformer's folder expected (ladd.MMDiT reads one alone)"
             )
-        settings = read_settings(folder, model)
-        if not (folder / "vae").is_dir():
-            raise FileNotFoundError(f"{folder} is no pipeline: vae/, text_encoder/ and a transformer's folder expected (ladd.MMDiT reads one alone)")
         text = WordEncoder.from_pretrained(folder / "text_encoder")  # first: it is small, and with SD3's encoders the answer is no
         transformer = MMDiT.from_pretrained(folder / settings.folder, device=device, dtype=dtype)
         vae = AutoencoderKL.from_pretrained(folder / "vae", device=device, dtype=dtype)
