@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support import mmdit_config, normal, same_bits
 import ladd
 from ladd import _core, _purposes
 from ladd.config import AdamWConfig, LADDConfig
+from ladd.training import ladd as distillation
 
 Array = np.ndarray
 BATCH, HEIGHT, WIDTH, TEXT = 3, 8, 6, 5
@@ -44,18 +46,24 @@ def data(seed: int = 1) -> tuple[Array, Array, Array]:
     return smooth, normal(seed + 2, BATCH, TEXT, 12), normal(seed + 3, BATCH, 10)
 
 
-def run_oracle(trainer: ladd.LADD, batch: tuple[Array, Array, Array], loss: str) -> tuple[ladd_step.Result, ladd_step.Draws]:
+def run_oracle(trainer: ladd.LADD, batch: tuple[Array, Array, Array], pair_noise: Array | None = None) -> ladd_step.Result:
     """What the first step of this trainer has to do; call it before the step."""
-    times = make_trainer(**{"loss": loss})._next_draws(BATCH)
-    shape, samples, seed = batch[0].shape, np.arange(BATCH), trainer.config.seed
-    noise = [
-        philox.normal(shape, seed, purpose, 0, samples) for purpose in (_purposes.STUDENT_NOISE, _purposes.RENOISE_FAKE, _purposes.RENOISE_REAL)
-    ]
+    c = trainer.config
+    times = ladd.LADD(trainer.student, trainer.teacher, trainer.discriminator, c)._next_draws(BATCH)
+    shape, samples, seed = batch[0].shape, np.arange(BATCH), c.seed
+    fake_purpose = _purposes.RENOISE_REAL if c.share_noise else _purposes.RENOISE_FAKE
+    noise = [philox.normal(shape, seed, purpose, 0, samples) for purpose in (_purposes.STUDENT_NOISE, fake_purpose, _purposes.RENOISE_REAL)]
+    paired = None
+    if pair_noise is not None:
+        paired = (times.t == 1) | (c.pair_times == "all")
+        noise[0] = np.where(paired[:, None, None, None], pair_noise, noise[0])
+    assert np.array_equal(times.t_hat_fake, times.t_hat_real) == c.share_t_hat
     draws = ladd_step.Draws(times.t, noise[0], times.t_hat_fake, noise[1], times.t_hat_real, noise[2])
     optimizer = ladd_step.Optimizer(ADAMW.lr, ADAMW.beta1, ADAMW.beta2, ADAMW.eps, ADAMW.weight_decay, ADAMW.clip_norm)
     disc_config = trainer.discriminator.config.to_dict()
     weights = (trainer.student.state_dict(), trainer.teacher.state_dict(), trainer.discriminator.state_dict())
-    return ladd_step.run((MMDIT, MMDIT, disc_config), weights, batch, draws, loss, (optimizer, optimizer)), draws
+    terms = ladd_step.Terms(c.misaligned_weight, c.distillation_weight, c.pair_weight, paired)
+    return ladd_step.run((MMDIT, MMDIT, disc_config), weights, batch, draws, c.loss, (optimizer, optimizer), terms)
 
 
 def first_gradients(optimizer: Any, core: Any) -> dict[str, Array]:
@@ -73,11 +81,28 @@ def clipped(gradients: dict[str, Array]) -> tuple[dict[str, Array], float]:
     return {name: g * min(1.0, ADAMW.clip_norm / norm) for name, g in gradients.items()}, norm
 
 
-@pytest.mark.parametrize("loss", ["hinge", "logistic", "lsgan", "bce"])
-def test_step_equals_the_oracle(loss: str) -> None:
-    trainer, batch = make_trainer(loss=loss), data()
-    wanted, _ = run_oracle(trainer, batch, loss)
-    metrics = trainer.step(*batch)
+HALVES = {"student_times": (1.0, 0.5), "student_probabilities": (0.5, 0.5), "seed": 78}  # the first three times are not all the same
+STEPS: list[dict[str, Any]] = [
+    {"loss": "hinge"},
+    {"loss": "logistic"},
+    {"loss": "lsgan"},
+    {"loss": "bce"},
+    {"share_t_hat": True, "share_noise": True},
+    {"misaligned_weight": 0.5, "distillation_weight": 0.3, "loss": "logistic"},
+    {"misaligned_weight": 0.5, "distillation_weight": 0.3, "micro_batch": 2},
+    {"pair_weight": 0.7, **HALVES},
+    {"pair_weight": 0.7, "pair_times": "all", "micro_batch": 1, **HALVES},
+]
+
+
+@pytest.mark.parametrize("options", STEPS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_step_equals_the_oracle(options: dict[str, Any]) -> None:
+    trainer, batch = make_trainer(**options), data()
+    noise = normal(8, *batch[0].shape) if "pair_weight" in options else None
+    wanted = run_oracle(trainer, batch, noise)
+    metrics = trainer.step(*batch, noise=noise)
+    for name, value in wanted.terms.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5), name
     assert abs(metrics["loss_d"] - wanted.d_loss) < 1e-5 * abs(wanted.d_loss)
     assert abs(metrics["loss_g"] - wanted.g_loss) < 1e-4 * abs(wanted.g_loss) + 1e-5
     for what, gradients, optimizer, core, norm in (
@@ -99,12 +124,51 @@ def test_step_equals_the_oracle(loss: str) -> None:
             support.assert_close(value, reference_weights[name], 1e-4, f"the {what}'s {name} after its update")
 
 
+def test_several_updates_of_the_heads_for_one_of_the_student() -> None:
+    """d_steps = 3 is two updates of the heads alone before a step, to the bit."""
+    many, single = make_trainer(d_steps=3), make_trainer()
+    assert many.step(*data())["loss_d"] != single.discriminator_step(*data())["loss_d"]
+    single.discriminator_step(*data())
+    single.step(*data())
+    assert all(same_bits(a, b) for a, b in zip(everything(many), everything(single), strict=True))
+    assert many.discriminator_optimizer.updates == 3 and many.student_optimizer.updates == 1
+
+
+def test_what_the_logits_tell() -> None:
+    real, fake = [np.float32([[2.0, 0.5]]), np.float32([[-1.0, 3.5]])], [np.float32([[-2.0, 1.5]]), np.float32([[-3.0, -0.5]])]
+    told = distillation._logit_metrics(real, fake)
+    assert told == pytest.approx(
+        {"logit_real": 1.25, "logit_fake": -1.0, "logit_gap": 2.25, "saturated": 0.5, "logit_gap_0": 1.5, "logit_gap_1": 3.0}
+    )
+
+
+def test_a_schedule_scales_both_rates() -> None:
+    half = dataclasses.replace(ADAMW, lr=ADAMW.lr / 2)
+    scaled, slow = make_trainer(), make_trainer(student=half, discriminator=half)
+    scaled.step(*data(), rate_scale=0.5)
+    slow.step(*data())
+    assert all(same_bits(a, b) for a, b in zip(everything(scaled), everything(slow), strict=True))
+
+
+def test_the_average_of_the_student() -> None:
+    """What is sampled from: the weights' average, over what there is in the beginning, then with the configured decay."""
+    trainer, wanted = make_trainer(ema_decay=0.25), None
+    for step in range(1, 5):
+        before = trainer.student._core.flat_trainable.astype(np.float64)
+        wanted = before if wanted is None else wanted
+        trainer.step(*data(step))
+        decay = min(0.25, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * trainer.student._core.flat_trainable
+    support.assert_close(trainer.ema_student()._core.flat_trainable, wanted, 1e-6, "the average")
+    assert [min(0.25, (1 + n) / (10 + n)) for n in (1, 2)] == [2 / 11, 0.25]  # both parts of the rule were met
+
+
 def test_student_equals_teacher_in_the_first_forward() -> None:
     """With the heads' rate at 0 and a student that is the teacher, the generator's loss is that of the heads as they were."""
     trainer = make_trainer(discriminator=AdamWConfig(lr=0.0))
     trainer.student.load_state_dict(trainer.teacher.state_dict())
     batch = data(9)
-    wanted, _ = run_oracle(trainer, batch, "hinge")
+    wanted = run_oracle(trainer, batch)
     metrics = trainer.step(*batch)
     assert abs(metrics["loss_d"] - wanted.d_loss) < 1e-5 * abs(wanted.d_loss)
 

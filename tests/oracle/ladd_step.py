@@ -43,9 +43,20 @@ class Optimizer:
 
 
 @dataclass
+class Terms:
+    """Weights of the optional losses; paired [B]: which rows began from their picture's own noise."""
+
+    misaligned: float = 0.0
+    distillation: float = 0.0
+    pair: float = 0.0
+    paired: Array | None = None
+
+
+@dataclass
 class Result:
     d_loss: float
     g_loss: float
+    terms: dict[str, float]  # the optional losses by the name of their metric, not weighted
     d_gradients: Weights
     student_gradients: Weights
     d_weights: Weights  # after their update, spectral norm's u included
@@ -90,6 +101,7 @@ def run(
     draws: Draws,
     loss: str,
     optimizers: tuple[Optimizer, Optimizer],
+    extra: Terms,
 ) -> Result:
     """configs, weights: student, teacher, discriminator. data: latents, context, pooled. optimizers: student, discriminator."""
     student_config, teacher_config, disc_config = configs
@@ -106,12 +118,13 @@ def run(
     x0_hat = x_t - velocity * rowwise(draws.t, latents)
     fake = mix(x0_hat, draws.noise_fake, draws.t_hat_fake)
 
-    def features(x: Tensor, t: Array) -> list[Tensor]:
+    def features(x: Tensor, t: Array, text: Tensor = text, vector: Tensor = vector) -> list[Tensor]:
         taps: list[Tensor] = mmdit.forward(teacher_config, teacher, x, t, text, vector, taps=disc_config["taps"])
         return taps
 
+    real = mix(latents, draws.noise_real, draws.t_hat_real)
     fake_features = features(fake, draws.t_hat_fake)
-    real_features = features(mix(latents, draws.noise_real, draws.t_hat_real), draws.t_hat_real)
+    real_features = features(real, draws.t_hat_real)
 
     def heads(values: Weights, inputs: Sequence[Tensor], t: Array) -> tuple[dict[str, Tensor], list[Tensor]]:
         leaves = {name: Tensor(value) for name, value in values.items()}
@@ -125,17 +138,34 @@ def run(
     leaves, on_fake = heads(before, constant, draws.t_hat_fake)
     on_real = discriminator.forward(disc_config, leaves, [Tensor(f.data) for f in real_features], draws.t_hat_real, vector, grid)
     d_loss = mean_loss(on_real, loss, "real") + mean_loss(on_fake, loss, "fake")
-    d_loss.backward()
+    terms: dict[str, float] = {}
+    everything = d_loss
+    if extra.misaligned:  # real pictures with the text of the one before are fakes
+        other, other_vector = Tensor(np.roll(context, 1, 0)), Tensor(np.roll(pooled, 1, 0))
+        wrong = [Tensor(f.data) for f in features(real, draws.t_hat_real, other, other_vector)]
+        misaligned = mean_loss(discriminator.forward(disc_config, leaves, wrong, draws.t_hat_real, other_vector, grid), loss, "fake")
+        everything, terms["loss_misaligned"] = d_loss + misaligned * extra.misaligned, float(misaligned.data)
+    everything.backward()
     d_gradients = gradients(leaves, trainable)
     after = first_update(before, d_gradients, optimizers[1])
 
     _, on_fake = heads(after, fake_features, draws.t_hat_fake)
     g_loss = mean_loss(on_fake, loss, "generator")
-    g_loss.backward()
+    everything = g_loss
+    if extra.distillation:  # the teacher's x0 from the renoised student, weighted by 1 - t_hat; the target is a constant
+        noised, t_hat = Tensor(fake.data), rowwise(draws.t_hat_fake, latents)
+        target = (noised - mmdit.forward(teacher_config, teacher, noised, draws.t_hat_fake, text, vector) * t_hat).data
+        distillation = ((x0_hat - target) ** 2.0 * (1 - t_hat)).mean()
+        everything, terms["loss_distillation"] = everything + distillation * extra.distillation, float(distillation.data)
+    if extra.paired is not None:
+        pair = ((x0_hat - latents.astype(np.float64)) ** 2.0 * rowwise(extra.paired, latents)).mean()
+        everything, terms["loss_pair"] = everything + pair * extra.pair, float(pair.data)
+    everything.backward()
     student_gradients = gradients(student, [name for name in student if name != "pos_embed.pos_embed"])
     return Result(
         float(d_loss.data),
         float(g_loss.data),
+        terms,
         d_gradients,
         student_gradients,
         after,

@@ -58,7 +58,7 @@ class Part:
     latents: Array  # [b,C,H,W]
     context: Array  # [b,T,J]
     pooled: Array  # [b,P]
-    other_context: Array  # [b,T,J] text of the next picture in the batch
+    other_context: Array  # [b,T,J] text of the picture before it in the batch
     other_pooled: Array  # [b,P]
     noise: Array | None  # [b,C,H,W] what the teacher started from; None: unknown
     samples: Array  # [b] int64
