@@ -19,7 +19,7 @@ from support import MMDIT_CASES, mmdit_inputs, same_bits
 from test_kernels import instruction_sets
 
 import ladd
-from ladd import _core
+from ladd import _core, kernels
 
 Array = NDArray[Any]
 needs_bf16 = pytest.mark.skipif("avx512bf16" not in instruction_sets(), reason="this processor has no AVX512_BF16")
@@ -85,6 +85,29 @@ def test_one_and_two_threads_give_the_same_bits() -> None:
     finally:
         ladd.set_num_threads(before)
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_bf16
+def test_attention_of_rounded_factors() -> None:
+    q, k, v, d_o = (support.normal(seed, 2, 37, 3, 16) for seed in range(4))
+    exact = [x.astype(np.float64) for x in kernels.attention_forward(*(rounded(x).astype(np.float32) for x in (q, k, v)))]
+    o, lse = kernels.attention_forward(q, k, v, dtype="bfloat16")
+    support.assert_close(lse, exact[1], 1e-5, "lse")  # scores are sums of rounded factors
+    support.assert_close(o, exact[0], 2.0**-8, "o")  # the probabilities are rounded once more
+    assert not same_bits(o, kernels.attention_forward(q, k, v)[0])
+    gradients = kernels.attention_backward(d_o, q, k, v, o, lse, dtype="bfloat16")
+    for got, want in zip(gradients, kernels.attention_backward(d_o, q, k, v, *kernels.attention_forward(q, k, v)), strict=True):
+        assert 0 < np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+
+
+def test_attention_knows_its_dtypes() -> None:
+    q = support.normal(0, 1, 2, 1, 4)
+    for dtype, message in (
+        ("half", "dtype: expected 'float32', 'bfloat16' or 'float16', got 'half'"),
+        ("float16", "the CPU computes in float32, or with products in bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.attention_forward(q, q, q, dtype=dtype)
 
 
 def test_without_the_instructions_it_is_an_error() -> None:

@@ -64,10 +64,12 @@ int core_end(core_call *call, ladd_status status); /* 0, or -1 with the exceptio
 int core_raise(ladd_status status);                /* sets that exception (GIL held); always -1 */
 
 /* Runs one kernel of the table where the arrays of `dims` are; `result` becomes 0 or -1. */
-#define CORE_KERNEL(result, dims, name, ...)                                                          \
+#define CORE_KERNEL(result, dims, name, ...) CORE_KERNEL_IN(result, dims, (dims)->act, name, __VA_ARGS__)
+/* The same with products in another dtype than the arrays': the CPU's bfloat16. */
+#define CORE_KERNEL_IN(result, dims, compute, name, ...)                                              \
     do {                                                                                              \
         core_call call_;                                                                              \
-        result = core_begin(&call_, NULL, (dims)->device, (dims)->act);                               \
+        result = core_begin(&call_, NULL, (dims)->device, compute);                                   \
         if (result == 0) result = core_end(&call_, call_.ctx.backend->name(&call_.ctx, __VA_ARGS__)); \
     } while (0)
 

@@ -156,6 +156,7 @@ typedef struct joint {
     PyObject *items[MAX_STREAMS]; /* tuples of q, k, v: new references */
     int n_streams, S;
     float scale;
+    ladd_dtype products; /* what the factors of its products are rounded to */
 } joint;
 
 /* The last two axes dense, the others at any positive stride. */
@@ -179,7 +180,7 @@ static int strides_of(PyObject *array, const char *name, ptrdiff_t *row, ptrdiff
     return 0;
 }
 
-static int read_streams(joint *j, PyObject *given, PyObject *scale) {
+static int read_streams(joint *j, PyObject *given, PyObject *scale, PyObject *dtype) {
     static const char *const parts[3] = {"q", "k", "v"};
     if ((!PyList_Check(given) && !PyTuple_Check(given)) || PySequence_Size(given) < 1 || PySequence_Size(given) > MAX_STREAMS) {
         PyErr_Format(PyExc_TypeError, "streams: expected a list of one or two (q, k, v), got %.200R", given);
@@ -223,7 +224,13 @@ static int read_streams(joint *j, PyObject *given, PyObject *scale) {
     double value = scale && scale != Py_None ? PyFloat_AsDouble(scale) : 1.0 / sqrt((double)DIM(&j->dims[0], 'd'));
     if ((value == -1.0 && PyErr_Occurred()) || core_finite(value, "scale") < 0) return -1;
     j->scale = (float)value;
-    return 0;
+    j->products = j->dims[0].act;
+    if (!dtype || dtype == Py_None) return 0;
+    if (j->dims[0].device) {
+        PyErr_SetString(PyExc_ValueError, "dtype: expected None for arrays on a device, which have their own");
+        return -1;
+    }
+    return core_dtype(dtype, "dtype", &j->products);
 }
 
 static void drop_streams(joint *j) {
@@ -232,12 +239,12 @@ static void drop_streams(joint *j) {
 
 static PyObject *attention_forward(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
-    static char *names[] = {"streams", "scale", NULL};
-    PyObject *given, *scale = NULL, *outs = NULL, *lse = NULL, *pair = NULL;
+    static char *names[] = {"streams", "scale", "dtype", NULL};
+    PyObject *given, *scale = NULL, *dtype = NULL, *outs = NULL, *lse = NULL, *pair = NULL;
     joint j = {0};
     int result;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O:attention_forward", names, &given, &scale)) return NULL;
-    if (read_streams(&j, given, scale) < 0) goto done;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OO:attention_forward", names, &given, &scale, &dtype)) return NULL;
+    if (read_streams(&j, given, scale, dtype) < 0) goto done;
     core_dims *d = &j.dims[0];
     DIM(d, 'S') = j.S;
     lse = core_new("=BhS", d, 0);
@@ -249,7 +256,8 @@ static PyObject *attention_forward(PyObject *module, PyObject *args, PyObject *k
         PyList_SET_ITEM(outs, i, o);
         j.streams[i].o = core_data(o);
     }
-    CORE_KERNEL(result, d, attention_forward, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'), IDIM(d, 'd'), j.scale);
+    CORE_KERNEL_IN(result, d, j.products, attention_forward, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'), IDIM(d, 'd'),
+                   j.scale);
     if (result == 0) pair = PyTuple_Pack(2, outs, lse);
 done:
     drop_streams(&j);
@@ -260,13 +268,14 @@ done:
 
 static PyObject *attention_backward(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
-    static char *names[] = {"douts", "streams", "outs", "lse", "scale", NULL};
-    PyObject *given_douts, *given, *given_outs, *lse, *scale = NULL, *douts = NULL, *outs = NULL, *grads = NULL;
+    static char *names[] = {"douts", "streams", "outs", "lse", "scale", "dtype", NULL};
+    PyObject *given_douts, *given, *given_outs, *lse, *scale = NULL, *dtype = NULL, *douts = NULL, *outs = NULL, *grads = NULL;
     ladd_stream_grad pointers[MAX_STREAMS] = {{0}};
     joint j = {0};
     int result = -1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|O:attention_backward", names, &given_douts, &given, &given_outs, &lse, &scale)) return NULL;
-    if (read_streams(&j, given, scale) < 0) goto done;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OO:attention_backward", names, &given_douts, &given, &given_outs, &lse, &scale, &dtype))
+        return NULL;
+    if (read_streams(&j, given, scale, dtype) < 0) goto done;
     core_dims *d = &j.dims[0];
     DIM(d, 'S') = j.S;
     if (!core_input(lse, "lse", "=BhS", d)) goto done;
@@ -296,7 +305,8 @@ static PyObject *attention_backward(PyObject *module, PyObject *args, PyObject *
         Py_XDECREF(dv);
         if (!triple) goto done;
     }
-    CORE_KERNEL(result, d, attention_backward, pointers, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'), IDIM(d, 'd'), j.scale);
+    CORE_KERNEL_IN(result, d, j.products, attention_backward, pointers, j.streams, j.n_streams, core_data(lse), IDIM(d, 'B'), IDIM(d, 'h'),
+                   IDIM(d, 'd'), j.scale);
 done:
     drop_streams(&j);
     Py_XDECREF(douts);
@@ -315,8 +325,9 @@ static PyMethodDef functions[] = {
     CORE_METHOD("silu_backward", silu_backward, "silu_backward(dy, x, *, out=None)"),
     CORE_METHOD("leaky_relu_forward", leaky_relu_forward, "leaky_relu_forward(x, slope=0.2, *, out=None)"),
     CORE_METHOD("leaky_relu_backward", leaky_relu_backward, "leaky_relu_backward(dy, x, slope=0.2, *, out=None)"),
-    CORE_METHOD("attention_forward", attention_forward, "attention_forward([(q, k, v), ...], scale=None) -> (list of o, lse)"),
-    CORE_METHOD("attention_backward", attention_backward, "attention_backward(douts, streams, outs, lse, scale=None) -> list of (dq, dk, dv)"),
+    CORE_METHOD("attention_forward", attention_forward, "attention_forward([(q, k, v), ...], scale=None, dtype=None) -> (list of o, lse)"),
+    CORE_METHOD("attention_backward", attention_backward,
+                "attention_backward(douts, streams, outs, lse, scale=None, dtype=None) -> list of (dq, dk, dv)"),
     {NULL, NULL, 0, NULL},
 };
 

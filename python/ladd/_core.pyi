@@ -254,7 +254,7 @@ def adversarial_loss(
 
 def adamw(
     p: Array,
-    m: Array,
+    m: Array | None,
     v: Array,
     g: Array,
     lr: float,
@@ -265,7 +265,7 @@ def adamw(
     step: int,
     grad_scale: float = 1.0,
 ) -> None:
-    """One step on p, m, v in place, 1-D; g is multiplied by grad_scale first; step counts from 1."""
+    """One step on p, m, v in place, 1-D; m may be None where beta1 is 0. g is multiplied by grad_scale first; step counts from 1."""
 
 def sum_squares(x: Array) -> float: ...
 def ema(e: Array, p: Array, decay: float) -> None:
@@ -284,13 +284,13 @@ def scale(x: Array, alpha: float, *, out: Array | None = None) -> Array:
 
 # ---- kernels: layers -----------------------------------------------------------------------------------------------------------------------------
 
-def attention_forward(streams: Sequence[Stream], scale: float | None = None) -> tuple[list[Array], Array]:
+def attention_forward(streams: Sequence[Stream], scale: float | None = None, dtype: str | None = None) -> tuple[list[Array], Array]:
     """Joint attention over one or two streams of (q, k, v), each [B,n,heads,dh]; tokens attend over all streams. scale: default 1/sqrt(dh).
     -> one o[B,n,heads,dh] a stream, lse[B,heads,S]. q, k, v may be slices of one packed array: of a stream they share strides, and the last two axes
-    are contiguous."""
+    are contiguous. dtype "bfloat16": products in it, on the CPU."""
 
 def attention_backward(
-    douts: Sequence[Array], streams: Sequence[Stream], outs: Sequence[Array], lse: Array, scale: float | None = None
+    douts: Sequence[Array], streams: Sequence[Stream], outs: Sequence[Array], lse: Array, scale: float | None = None, dtype: str | None = None
 ) -> list[Stream]:
     """-> (dq, dk, dv), each [B,n,heads,dh], one triple a stream."""
 

@@ -63,37 +63,46 @@ Stream = tuple[Any, Any, Any]
 # ---- attention ---------------------------------------------------------------------------------------------------------------
 
 
-def attention_forward(q: Any, k: Any, v: Any, *, scale: float | None = None) -> tuple[Array, Array]:
+def attention_forward(q: Any, k: Any, v: Any, *, scale: float | None = None, dtype: str = "float32") -> tuple[Array, Array]:
     """o = softmax(scale q k^T) v for each head, without ever storing the scores (FlashAttention, arXiv 2205.14135, Algorithm
     1).
 
     q, k, v [B,N,heads,dh]; scale: 1/sqrt(dh) by default. Returns o [B,N,heads,dh] and lse [B,heads,N], the log of the sum of
-    exponentials of each row, from which backward recomputes the scores.
+    exponentials of each row, from which backward recomputes the scores. dtype "bfloat16", as of a model: the factors of all
+    products are rounded to it, sums and softmax stay in float32, and so do arrays; ValueError where the processor cannot.
     """
-    outs, lse = joint_attention_forward([(q, k, v)], scale=scale)
+    outs, lse = joint_attention_forward([(q, k, v)], scale=scale, dtype=dtype)
     return outs[0], lse
 
 
-def attention_backward(d_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *, scale: float | None = None) -> tuple[Array, Array, Array]:
-    """dq, dk, dv [B,N,heads,dh] (arXiv 2205.14135, Algorithm 4); q, k, v, o, lse and scale as in forward."""
-    return joint_attention_backward([d_o], [(q, k, v)], [o], lse, scale=scale)[0]
+def attention_backward(
+    d_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, *, scale: float | None = None, dtype: str = "float32"
+) -> tuple[Array, Array, Array]:
+    """dq, dk, dv [B,N,heads,dh] (arXiv 2205.14135, Algorithm 4); q, k, v, o, lse, scale and dtype as in forward."""
+    return joint_attention_backward([d_o], [(q, k, v)], [o], lse, scale=scale, dtype=dtype)[0]
 
 
-def joint_attention_forward(streams: Sequence[Stream], *, scale: float | None = None) -> tuple[list[Array], Array]:
+def joint_attention_forward(streams: Sequence[Stream], *, scale: float | None = None, dtype: str = "float32") -> tuple[list[Array], Array]:
     """Attention over one or two token streams at once: every token attends to the tokens of all streams (SD3, arXiv 2403.03206,
     section 4).
 
     streams: (q, k, v) each, of shape [B,N_i,heads,dh]. Returns one o [B,N_i,heads,dh] a stream, and lse [B,heads,S].
     """
-    return _core.attention_forward(_streams(streams), scale)
+    return _core.attention_forward(_streams(streams), scale, dtype)
 
 
 def joint_attention_backward(
-    d_outs: Sequence[Any], streams: Sequence[Stream], outs: Sequence[Any], lse: Any, *, scale: float | None = None
+    d_outs: Sequence[Any],
+    streams: Sequence[Stream],
+    outs: Sequence[Any],
+    lse: Any,
+    *,
+    scale: float | None = None,
+    dtype: str = "float32",
 ) -> list[tuple[Array, Array, Array]]:
     """(dq, dk, dv) a stream, each [B,N_i,heads,dh]."""
     d_arrays, o_arrays = _arrays(d_outs, "d_outs"), _arrays(outs, "outs")
-    return _core.attention_backward(d_arrays, _streams(streams), o_arrays, as_float32(lse, "lse"), scale)
+    return _core.attention_backward(d_arrays, _streams(streams), o_arrays, as_float32(lse, "lse"), scale, dtype)
 
 
 # ---- norms, modulation, gate -------------------------------------------------------------------------------------------------
@@ -315,13 +324,13 @@ def adamw(
 ) -> None:
     """One AdamW step (arXiv 1711.05101, Algorithm 2, with the decay times lr as in PyTorch) on p, m, v **in place**: float32,
     C-contiguous, writable, of one shape, or memory of that kind behind DLPack. g is multiplied by grad_scale first (for
-    clipping); step counts from 1."""
-    written = [_shared(a, name) for a, name in ((p, "p"), (m, "m"), (v, "v"))]
+    clipping); step counts from 1. m may be None where betas[0] is 0: it would be nothing but the last gradient."""
+    written = {name: _shared(a, name) for name, a in (("p", p), ("m", m), ("v", v)) if a is not None or name != "m"}
     g = as_float32(g, "g")
-    for array, name in zip([*written[1:], g], ("m", "v", "g")):
-        _same(name, array.shape, written[0].shape)
-    flat = [a.reshape(-1) for a in written]
-    _core.adamw(flat[0], flat[1], flat[2], g.reshape(-1), lr, betas[0], betas[1], eps, weight_decay, step, grad_scale)
+    for name, array in {**written, "g": g}.items():
+        _same(name, array.shape, written["p"].shape)
+    flat = {name: a.reshape(-1) for name, a in written.items()}
+    _core.adamw(flat["p"], flat.get("m"), flat["v"], g.reshape(-1), lr, betas[0], betas[1], eps, weight_decay, step, grad_scale)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------------
