@@ -126,7 +126,8 @@ typedef enum { LADD_ROLE_REAL = 0, LADD_ROLE_FAKE, LADD_ROLE_GENERATOR } ladd_ro
   /* out = x + (sigma_next - sigma) v */ \
   K(euler_step, (LADD_CTX, ladd_act *out, const ladd_act *x, const ladd_act *v, float sigma, float sigma_next, int64_t n)) \
   \
-  /* decoupled weight decay, bias-corrected; g is multiplied by grad_scale first; step counts from 1 */ \
+  /* decoupled weight decay, bias-corrected; g is multiplied by grad_scale first; step counts from 1. m is NULL where beta1 is 0: it would be \
+   * nothing but the last gradient */ \
   K(adamw, (LADD_CTX, float *p, float *m, float *v, const float *g, int64_t n, float lr, float beta1, float beta2, float eps, float weight_decay, int64_t step, float grad_scale)) \
   /* *sum (host) = sum of squares, accumulated in double in a fixed order; NaN or Inf shows in it */ \
   K(sum_squares, (LADD_CTX, double *sum, const float *x, int64_t n)) \

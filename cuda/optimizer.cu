@@ -12,29 +12,34 @@ typedef struct adamw_numbers {
 
 __device__ __forceinline__ void adamw_element(float &p, float &m, float &v, float g, const adamw_numbers &a) {
     const float d = __fmul_rn(g, a.grad_scale);
-    m = __fadd_rn(__fmul_rn(a.beta1, m), __fmul_rn(a.rest1, d));
+    m = __fadd_rn(__fmul_rn(a.beta1, m), __fmul_rn(a.rest1, d)); /* d itself where beta1 and m are 0 */
     v = __fadd_rn(__fmul_rn(a.beta2, v), __fmul_rn(a.rest2, __fmul_rn(d, d)));
     const float below = __fadd_rn(__fmul_rn(__fsqrt_rn(v), a.root_correction), a.eps);
     p = __fsub_rn(__fmul_rn(a.keep, p), __fmul_rn(a.step_size, __fdiv_rn(m, below)));
 }
 
+/* m may be NULL where beta1 is 0. */
 template <int V>
 __global__ void __launch_bounds__(LADD_BLOCK) adamw_kernel(float *p, float *m, float *v, const float *g, int64_t n, adamw_numbers a) {
     const int64_t i = ((int64_t)blockIdx.x * LADD_BLOCK + threadIdx.x) * V;
     if (i + V <= n) {
-        float vp[V], vm[V], vv[V], vg[V];
+        float vp[V], vm[V] = {}, vv[V], vg[V];
         ladd_load<float, V>(vp, p + i);
-        ladd_load<float, V>(vm, m + i);
+        if (m) ladd_load<float, V>(vm, m + i);
         ladd_load<float, V>(vv, v + i);
         ladd_load<float, V>(vg, g + i);
 #pragma unroll
         for (int j = 0; j < V; j++) adamw_element(vp[j], vm[j], vv[j], vg[j], a);
         ladd_store<float, V>(p + i, vp);
-        ladd_store<float, V>(m + i, vm);
+        if (m) ladd_store<float, V>(m + i, vm);
         ladd_store<float, V>(v + i, vv);
     } else {
 #pragma unroll 1
-        for (int64_t j = i; j < n; j++) adamw_element(p[j], m[j], v[j], g[j], a);
+        for (int64_t j = i; j < n; j++) {
+            float first = m ? m[j] : 0.0f;
+            adamw_element(p[j], first, v[j], g[j], a);
+            if (m) m[j] = first;
+        }
     }
 }
 
@@ -43,6 +48,7 @@ ladd_status LADD_CUDA(adamw)(LADD_CTX, float *p, float *m, float *v, const float
     if (step < 1) return ladd_fail(LADD_ERR_VALUE, "adamw: a step of at least 1 expected, got %lld", (long long)step);
     if (!(beta1 >= 0.0f && beta1 < 1.0f && beta2 >= 0.0f && beta2 < 1.0f))
         return ladd_fail(LADD_ERR_VALUE, "adamw: betas in [0, 1) expected, got %g and %g", (double)beta1, (double)beta2);
+    if (!m && beta1 > 0.0f) return ladd_fail(LADD_ERR_VALUE, "adamw: a first moment m expected, for beta1 is %g and not 0, got none", (double)beta1);
     if (!(eps > 0.0f)) return ladd_fail(LADD_ERR_VALUE, "adamw: a positive eps expected, got %g", (double)eps);
     if (!std::isfinite(lr) || !std::isfinite(weight_decay) || !std::isfinite(grad_scale))
         return ladd_fail(LADD_ERR_VALUE, "adamw: finite lr, weight_decay and grad_scale expected, got %g, %g and %g", (double)lr,

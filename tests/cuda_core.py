@@ -278,12 +278,13 @@ class Core:
             c(name, y, *buffers, *numbers)
             return c.down(y, out)
 
-    def _change(self, name: str, changed: Sequence[Array], inputs: Sequence[Array], *numbers: Any, dtype: str | None = None) -> None:
+    def _change(self, name: str, changed: Sequence[Array | None], inputs: Sequence[Array], *numbers: Any, dtype: str | None = None) -> None:
         with self.call() as c:
             buffers = [c.up(x, dtype) for x in (*changed, *inputs)]
             c(name, *buffers, *numbers)
             for x, buffer in zip(changed, buffers, strict=False):
-                c.down(buffer, x)
+                if x is not None:
+                    c.down(buffer, x)
 
     # ---- flat buffers ------------------------------------------------------------------------------------------------
 
@@ -302,7 +303,7 @@ class Core:
     def scale(self, x: Array, alpha: float, *, out: Array | None = None) -> Array:
         return self._map("scale", [x], alpha, x.size, out=out)
 
-    def adamw(self, p: Array, m: Array, v: Array, g: Array, *numbers: Any) -> None:
+    def adamw(self, p: Array, m: Array | None, v: Array, g: Array, *numbers: Any) -> None:
         self._change("adamw", [p, m, v], [g], p.size, *numbers, dtype="float32")
 
     def sum_squares(self, x: Array) -> float:

@@ -640,6 +640,21 @@ def optimizers(rows: list[Row]) -> None:
                 return dict(zip(("y", "m", "v"), losses.adamw(*(t[name].data for name in "pmvg"), *a), strict=True))
 
             rows.append(Row(("adamw",), f"{n}step{step}", {"p": p, "m": m, "v": v, "g": g}, forward, oracle, out=False))
+
+            b = (1e-2, 0.0, *a[2:])
+
+            def forward_without(i: Arrays, out: Any, b: Any = b) -> Arrays:
+                p, v = i["p"].copy(), i["v"].copy()
+                _core.adamw(p, None, v, i["g"], *b)
+                return {"y": p, "v": v}
+
+            def oracle_without(t: dict[str, Tensor], b: Any = b) -> dict[str, Any]:
+                p, v, g = (t[name].data for name in "pvg")
+                y, _, v = losses.adamw(p, np.zeros_like(p), v, g, *b)
+                return {"y": y, "v": v}
+
+            name = f"{n}step{step}-no-first-moment"
+            rows.append(Row(("adamw",), name, {"p": p, "v": v, "g": g}, forward_without, oracle_without, out=False))
         rows += [
             Row(
                 ("sum_squares",),

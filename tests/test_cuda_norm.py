@@ -133,6 +133,10 @@ def test_the_optimizer_gives_the_cpus_bits() -> None:
             _core.adamw(*here, *numbers)
             core.adamw(*there, *numbers)
             assert all(same_bits(a, b) for a, b in zip(here, there, strict=True)), step
+            numbers = (3e-4, 0.0, *numbers[2:])
+            _core.adamw(here[0], None, *here[2:], *numbers)
+            core.adamw(there[0], None, *there[2:], *numbers)
+            assert all(same_bits(a, b) for a, b in zip(here, there, strict=True)), step
         _core.ema(here[0], here[3], 0.9995)
         core.ema(there[0], there[3], 0.9995)
         assert same_bits(here[0], there[0])

@@ -278,6 +278,7 @@ BAD_SCALARS: list[tuple[str, str, Any, type[Exception], str]] = [
     ("adamw", "lr", -1.0, ValueError, "lr: expected a number from 0.0"),
     ("adamw", "lr", math.nan, ValueError, "lr: expected a number from 0.0 to 1000000.0, got nan"),
     ("adamw", "beta1", 1.0, ValueError, "beta1: expected a number from 0.0"),
+    ("adamw", "m", None, ValueError, r"a first moment m expected, for beta1 is 0\.\d+ and not 0, got none"),
     ("adamw", "beta2", 1.5, ValueError, "beta2: expected a number from 0.0"),
     ("adamw", "eps", -1e-8, ValueError, "eps: expected a number from 0.0"),
     ("adamw", "weight_decay", math.inf, ValueError, "weight_decay: expected a number from 0.0"),
@@ -545,6 +546,10 @@ def test_public_adamw_writes_in_place_or_refuses() -> None:
     foreign = buffers()
     kernels.adamw(Foreign(foreign["p"]), foreign["m"], foreign["v"], foreign["g"], lr=0.1, step=1, weight_decay=0.0)
     assert foreign["p"].tobytes() == call["p"].tobytes()
+    both = [{**buffers(), "m": m} for m in (np.zeros((3, 4), F), None)]
+    for given in both:
+        kernels.adamw(**given, lr=0.1, step=2, betas=(0.0, 0.9))
+    assert both[0]["p"].tobytes() == both[1]["p"].tobytes() != buffers()["p"].tobytes()
     for name, bad, error, message in (
         ("p", normal(3, 4).astype(np.float64), TypeError, "p is updated in place and must be a float32 array, got dtype float64"),
         ("m", [[0.0] * 4] * 3, TypeError, "m is updated in place and must be a float32 array, got list"),

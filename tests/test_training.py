@@ -98,6 +98,24 @@ def test_micro_batches_equal_one_batch(settings: dict[str, Any]) -> None:
     assert np.abs(moved - (parts.student._core.flat - before)).max() < 2e-4 * np.abs(moved).max()
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.7])
+def test_without_beta1_no_first_moment_is_kept_and_nothing_changes(clip: float) -> None:
+    start = np.random.default_rng(3).standard_normal(1000).astype(np.float32)
+    results = []
+    for kept in (False, True):
+        p, g = start.copy(), np.zeros_like(start)
+        optimizer = common.AdamW([(p, g)], AdamWConfig(lr=1e-2, beta1=0.0, weight_decay=0.1, clip_norm=clip), "x")
+        assert sorted(optimizer.state()[0]) == ["v0"]
+        if kept:
+            optimizer.m = [np.zeros_like(p)]
+        for step in range(3):
+            g[:] = np.random.default_rng(step).standard_normal(1000).astype(np.float32)
+            optimizer.update()
+        results.append((p, optimizer.v[0]))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(*results, strict=True))
+    assert sorted(common.AdamW([(p, g)], AdamWConfig(beta1=0.5), "x").state()[0]) == ["m0", "v0"]
+
+
 def test_who_changes_and_who_does_not() -> None:
     t = trainer(**ALL_TERMS)
     teacher_before, student_before, heads_before = (m._core.flat.copy() for m in (t.teacher, t.student, t.discriminator))

@@ -26,8 +26,17 @@ typedef struct optimizer_adamw_job {
 static void optimizer_adamw_task(void *argument, int64_t i) {
     const optimizer_adamw_job job = *(const optimizer_adamw_job *)argument; /* a copy: the stores below cannot alias it */
     int64_t start = i * OPTIMIZER_CHUNK, count = optimizer_end(start, job.n) - start;
-    float *restrict p = job.p + start, *restrict m = job.m + start, *restrict v = job.v + start;
+    float *restrict p = job.p + start, *restrict v = job.v + start;
     const float *restrict g = job.g + start;
+    if (!job.m) {
+        for (int64_t j = 0; j < count; j++) {
+            float d = g[j] * job.grad_scale;
+            v[j] = job.beta2 * v[j] + job.rest2 * (d * d);
+            p[j] = job.keep * p[j] - job.step_size * (d / (sqrtf(v[j]) * job.root_correction + job.eps));
+        }
+        return;
+    }
+    float *restrict m = job.m + start;
     for (int64_t j = 0; j < count; j++) {
         float d = g[j] * job.grad_scale;
         m[j] = job.beta1 * m[j] + job.rest1 * d;
@@ -42,6 +51,7 @@ ladd_status LADD_CPU(adamw)(LADD_CTX, float *p, float *m, float *v, const float 
     if (step < 1) return ladd_fail(LADD_ERR_VALUE, "adamw: a step of at least 1 expected, got %lld", (long long)step);
     if (!(beta1 >= 0.0f && beta1 < 1.0f && beta2 >= 0.0f && beta2 < 1.0f))
         return ladd_fail(LADD_ERR_VALUE, "adamw: betas in [0, 1) expected, got %g and %g", (double)beta1, (double)beta2);
+    if (!m && beta1 > 0.0f) return ladd_fail(LADD_ERR_VALUE, "adamw: a first moment m expected, for beta1 is %g and not 0, got none", (double)beta1);
     if (!(eps > 0.0f)) return ladd_fail(LADD_ERR_VALUE, "adamw: a positive eps expected, got %g", (double)eps);
     if (!isfinite(lr) || !isfinite(weight_decay) || !isfinite(grad_scale))
         return ladd_fail(LADD_ERR_VALUE, "adamw: finite lr, weight_decay and grad_scale expected, got %g, %g and %g", (double)lr,

@@ -72,29 +72,31 @@ static void plan_qkv(const ladd_context *ctx, ladd_arena *arena, ladd_qkv_saved 
     q->k_rstd = norm ? ladd_take_f32(arena, rows * heads) : NULL;
 }
 
+/* ends: nobody reads this stream after the block's attention. */
 static void plan_stream(const ladd_context *ctx, ladd_arena *arena, stream_saved *s, ladd_act *input, ladd_act *mid, ladd_act *qk, ladd_act *g,
-                        int64_t rows, int D, int heads, int norm, int keep) {
+                        int64_t rows, int D, int heads, int norm, int keep, int ends) {
     s->mean1 = ladd_take_f32(arena, rows);
     s->rstd1 = ladd_take_f32(arena, rows);
     s->x1 = s->x2 = input;
     plan_qkv(ctx, arena, &s->qkv, qk, rows, D, heads, norm);
     s->o = ladd_take_act(ctx, arena, rows * D);
+    if (ends) return;
     s->a = ladd_take_act(ctx, arena, rows * D);
     s->mid = keep ? mid : s->in;
     s->mean2 = ladd_take_f32(arena, rows);
     s->rstd2 = ladd_take_f32(arena, rows);
-    s->h = ladd_take_act(ctx, arena, rows * 4 * D);
-    s->g = keep ? g : s->h; /* GELU in place when nobody asks for its input */
+    s->h = keep ? ladd_take_act(ctx, arena, rows * 4 * D) : g; /* GELU in place when nobody asks for its input */
+    s->g = g;
     s->m = ladd_take_act(ctx, arena, rows * D);
     s->out = keep ? ladd_take_act(ctx, arena, rows * D) : s->in;
 }
 
-static void plan_block(const ladd_context *ctx, ladd_arena *arena, block_saved *b, const struct ladd_mmdit_saved *s, int dual, int keep) {
+static void plan_block(const ladd_context *ctx, ladd_arena *arena, block_saved *b, const struct ladd_mmdit_saved *s, int dual, int keep, int ends) {
     const ladd_mmdit_config *c = &s->model->config;
     int D = s->model->D, heads = c->num_attention_heads, norm = c->qk_rms_norm;
     int64_t x_rows = (int64_t)s->B * s->N, y_rows = (int64_t)s->B * s->T;
-    plan_stream(ctx, arena, &b->x, s->x_in, s->x_mid, s->qk_x, s->g, x_rows, D, heads, norm, keep);
-    plan_stream(ctx, arena, &b->y, s->y_in, s->y_mid, s->qk_y, s->g, y_rows, D, heads, norm, keep);
+    plan_stream(ctx, arena, &b->x, s->x_in, s->x_mid, s->qk_x, s->g, x_rows, D, heads, norm, keep, 0);
+    plan_stream(ctx, arena, &b->y, s->y_in, s->y_mid, s->qk_y, s->g, y_rows, D, heads, norm, keep, ends);
     b->lse = ladd_take_f32(arena, (x_rows + y_rows) * heads);
     if (!dual) return;
     b->dual_x1 = s->x_in;
@@ -123,13 +125,25 @@ static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) 
     s->y_in = ladd_take_act(ctx, arena, y_rows * D);
     s->x_mid = keep ? ladd_take_act(ctx, arena, x_rows * D) : NULL;
     s->y_mid = keep ? ladd_take_act(ctx, arena, y_rows * D) : NULL;
+    /* Attention and feed-forward of a block take turns, so what each needs for a moment lies in one place. */
+    const size_t start = arena->used;
     s->qk_x = c->qk_rms_norm ? ladd_take_act(ctx, arena, x_rows * 3 * D) : NULL;
     s->qk_y = c->qk_rms_norm ? ladd_take_act(ctx, arena, y_rows * 3 * D) : NULL;
-    s->g = keep ? ladd_take_act(ctx, arena, rows * 4 * D) : NULL;
+    if (keep) {
+        s->dqkv_x = ladd_take_act(ctx, arena, x_rows * 3 * D);
+        s->dqkv_y = ladd_take_act(ctx, arena, y_rows * 3 * D);
+        s->d_o_x = ladd_take_act(ctx, arena, x_rows * D);
+        s->d_o_y = ladd_take_act(ctx, arena, y_rows * D);
+    }
+    const size_t end = arena->used;
+    arena->used = start;
+    s->g = ladd_take_act(ctx, arena, rows * 4 * D);
+    s->hidden = keep ? ladd_take_act(ctx, arena, rows * 4 * D) : NULL;
+    if (arena->used < end) arena->used = end;
     int any_dual = 0;
     for (int i = 0; i <= s->last; i++) any_dual |= c->dual[i] && !s->skip[i];
     block_saved shared = {.x.in = x, .y.in = y};
-    if (!keep) plan_block(ctx, arena, &shared, s, any_dual, 0);
+    if (!keep) plan_block(ctx, arena, &shared, s, any_dual, 0, 0);
     for (int i = 0; i <= s->last; i++) {
         block_saved *b = &s->blocks[i];
         if (!keep) {
@@ -143,7 +157,7 @@ static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) 
             b->y.out = y;
             continue;
         }
-        plan_block(ctx, arena, b, s, c->dual[i], 1);
+        plan_block(ctx, arena, b, s, c->dual[i], 1, i == s->last);
         x = b->x.out;
         y = b->y.out;
     }
@@ -162,11 +176,6 @@ static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) 
     s->branch_x = ladd_take_act(ctx, arena, x_rows * D);
     s->branch_y = ladd_take_act(ctx, arena, y_rows * D);
     s->branch_dual = any_dual ? ladd_take_act(ctx, arena, x_rows * D) : NULL;
-    s->dqkv_x = ladd_take_act(ctx, arena, x_rows * 3 * D);
-    s->dqkv_y = ladd_take_act(ctx, arena, y_rows * 3 * D);
-    s->d_o_x = ladd_take_act(ctx, arena, x_rows * D);
-    s->d_o_y = ladd_take_act(ctx, arena, y_rows * D);
-    s->hidden = ladd_take_act(ctx, arena, rows * 4 * D);
     s->ds = ladd_take_act(ctx, arena, B * D);
 }
 

@@ -20,8 +20,9 @@ static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOdddddO|d:adamw", names, &arrays[0], &arrays[1], &arrays[2], &arrays[3], &lr, &beta1, &beta2,
                                      &eps, &weight_decay, &step_given, &grad_scale))
         return NULL;
+    if (arrays[1] == Py_None) arrays[1] = NULL;
     for (int i = 0; i < 3; i++)
-        if (!core_inout(arrays[i], array_names[i], "=n", &d)) return NULL;
+        if ((arrays[i] || i != 1) && !core_inout(arrays[i], array_names[i], "=n", &d)) return NULL;
     if (!core_input(arrays[3], "g", "=n", &d)) return NULL;
     for (int i = 0; i < 3; i++)
         if (apart(arrays[i], arrays + i + 1, array_names + i + 1, 3 - i) < 0) return NULL;
@@ -35,8 +36,8 @@ static PyObject *adamw(PyObject *module, PyObject *args, PyObject *kwargs) {
         PyErr_Format(PyExc_ValueError, "step: expected an integer from 1 to 2**63 - 1, got %S", step_given);
         return NULL;
     }
-    CORE_KERNEL(result, &d, adamw, core_data(arrays[0]), core_data(arrays[1]), core_data(arrays[2]), core_data(arrays[3]), DIM(&d, 'n'), (float)lr,
-                (float)beta1, (float)beta2, (float)eps, (float)weight_decay, (int64_t)step, (float)grad_scale);
+    CORE_KERNEL(result, &d, adamw, core_data(arrays[0]), arrays[1] ? core_data(arrays[1]) : NULL, core_data(arrays[2]), core_data(arrays[3]),
+                DIM(&d, 'n'), (float)lr, (float)beta1, (float)beta2, (float)eps, (float)weight_decay, (int64_t)step, (float)grad_scale);
     if (result < 0) return NULL;
     Py_RETURN_NONE;
 }
@@ -135,7 +136,8 @@ static PyObject *scale(PyObject *module, PyObject *args, PyObject *kwargs) {
 }
 
 static PyMethodDef functions[] = {
-    CORE_METHOD("adamw", adamw, "(p, m, v, g, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0): one step in place"),
+    CORE_METHOD("adamw", adamw,
+                "(p, m, v, g, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0): one step in place; m may be None where beta1 is 0"),
     {"sum_squares", sum_squares, METH_O, "sum_squares(x) -> float"},
     CORE_METHOD("ema", ema, "(e, p, decay): e = decay e + (1 - decay) p"),
     {"zero", zero, METH_O, "zero(y)"},

@@ -164,6 +164,8 @@ static void vectors(const ladd_context *ctx, int B, int64_t n) {
     CHECK_OK(k->zero(ctx, v, B * n));
     CHECK_OK(k->adamw(ctx, x, m, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 1, 1.0f));
     CHECK(k->adamw(ctx, x, m, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 0, 1.0f) == LADD_ERR_VALUE);
+    CHECK_OK(k->adamw(ctx, x, NULL, v, y, B * n, 1e-3f, 0.0f, 0.99f, 1e-8f, 0.01f, 1, 1.0f));
+    CHECK(k->adamw(ctx, x, NULL, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 1, 1.0f) == LADD_ERR_VALUE);
     CHECK_OK(k->ema(ctx, x, y, 0.9f, B * n));
     CHECK_OK(k->sum_squares(ctx, &value, x, B * n));
     CHECK(value > 0.0 && test_finite(x, B * n));

@@ -43,13 +43,16 @@ CONTROL = ("steps", "max_minutes", "checkpoint_every", "sample_every", "validati
 
 
 class AdamW:
-    """AdamW over several flat (values, gradients) buffers, with one clip of the norm over all of them."""
+    """AdamW over several flat (values, gradients) buffers, with one clip of the norm over all of them.
+
+    With beta1 = 0 the first moment would be nothing but the last gradient: then there is none, here and in checkpoints.
+    """
 
     def __init__(self, buffers: Sequence[tuple[Array, Array]], config: configs.AdamWConfig, name: str) -> None:
         self.buffers = list(buffers)
         self.config = config
         self.name = name
-        self.m = [devices.zeros_like(p) for p, _ in self.buffers]
+        self.m = [devices.zeros_like(p) if config.beta1 else None for p, _ in self.buffers]
         self.v = [devices.zeros_like(p) for p, _ in self.buffers]
         self.updates = 0
 
@@ -72,14 +75,20 @@ class AdamW:
         return norm
 
     def state(self) -> State:
-        arrays = {f"{kind}{i}": a for kind, group in (("m", self.m), ("v", self.v)) for i, a in enumerate(group)}
-        return arrays, {"updates": self.updates}
+        return self._moments(), {"updates": self.updates}
+
+    def _moments(self) -> dict[str, Array]:
+        return {f"{kind}{i}": a for kind, group in (("m", self.m), ("v", self.v)) for i, a in enumerate(group) if a is not None}
 
     def load_state(self, arrays: Mapping[str, Array], counters: Mapping[str, Any]) -> None:
-        for kind, group in (("m", self.m), ("v", self.v)):
-            for i, a in enumerate(group):
-                a[:] = arrays[f"{kind}{i}"]
+        for name, a in self._moments().items():
+            a[:] = arrays[name]
         self.updates = int(counters["updates"])
+
+
+def moments_bytes(config: configs.AdamWConfig, parameters: int) -> int:
+    """What an AdamW of so many parameters keeps of them."""
+    return 4 * parameters * (2 if config.beta1 else 1)
 
 
 class EMA:
@@ -247,13 +256,16 @@ def warn_unused(config: Mapping[str, Any], section: str, keys: Sequence[str], wh
         warnings.warn(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {why}", UserWarning, stacklevel=3)
 
 
-def memory_plan(model: Any, trained: int, frozen: int, averaged: int, activations: int) -> str:
-    """What a run takes where `model` is, in words: all of it stays allocated but the activations, which come and go with a step."""
+def memory_plan(model: Any, trained: int, frozen: int, averaged: int, moments: int, activations: int) -> str:
+    """What a run takes where `model` is, in words: all of it stays allocated but the activations, which come and go with a step.
+
+    trained, frozen, averaged: numbers of parameters; moments, activations: bytes.
+    """
     copies = model.device != "cpu" and model.dtype != "float32"  # working copies beside the masters
     parts = {"float32 masters" if copies else "weights": 4 * (trained + frozen)}
     if copies:
         parts[f"{model.dtype} weights"] = 2 * (trained + frozen)
-    parts |= {"gradients": 4 * trained, "moments": 8 * trained, "average": 4 * averaged, "activations": activations}
+    parts |= {"gradients": 4 * trained, "moments": moments, "average": 4 * averaged, "activations": activations}
     listed = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in parts.items())
     return f"memory on {model.device}: {listed}; together {sum(parts.values()) / 2**20:.0f} MiB"
 

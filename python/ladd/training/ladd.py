@@ -501,10 +501,12 @@ def run(
             at_once, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True
         )
         trained = student.num_parameters + heads.num_parameters
+        moments = common.moments_bytes(ladd_config.student, student.num_parameters)
+        moments += common.moments_bytes(ladd_config.discriminator, heads.num_parameters)
         print(
             f"student and teacher: {student.num_parameters:,} parameters, heads: {heads.num_parameters:,}; "
             f"{len(shards)} latents {list(shape)}; {settings.steps} steps of {settings.batch}\n"
-            f"{common.memory_plan(student, trained, teacher.num_parameters, student.num_parameters, kept)}"
+            f"{common.memory_plan(student, trained, teacher.num_parameters, student.num_parameters, moments, kept)}"
         )
         return None
     book = common.Run(out, {**parts, "discriminator": to_dict(heads.config)}, settings, resume=resume, shown=("loss_d", "loss_g", "logit_gap"))

@@ -238,7 +238,7 @@ def run(
         trained = model.num_parameters + text.flat.size
         print(
             f"teacher: {model.num_parameters:,} parameters, text: {text.flat.size:,}; {settings.steps} steps of {settings.batch}\n"
-            f"{common.memory_plan(model, trained, 0, trained, activations)}"
+            f"{common.memory_plan(model, trained, 0, trained, common.moments_bytes(parts['optimizer'], trained), activations)}"
         )
         return None
     latents, texts = latent_bank(vae, parts["data"], settings.seed, c.sample_size * vae.config.spatial_factor)
