@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help='overrides of one run, "key=value key=value"; "base" for none')
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what the training computes in (default: float32)")
     parser.add_argument("--common", default="", help="overrides of all runs, not part of their names")
     options = parser.parse_args()
     network = FeatureNetwork.from_pretrained(None)
@@ -81,7 +82,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         config = load_toml(options.config, changes)
         config.pop("stage", None)
-        pipeline = distillation.run(config, out=folder)
+        pipeline = distillation.run(config, out=folder, dtype=options.dtype)
         assert pipeline is not None
         results[run] = {"steps": options.steps, "table": measure(pipeline, options.pictures, network, against)}
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: out/demo")
     sub.add_argument("--minutes", type=float, default=5.0, metavar="N", help="of distillation (default: 5)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the distillation (default: float32)")
 
 
 def _add_sample(sub: argparse.ArgumentParser) -> None:
@@ -172,7 +173,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from . import demo
 
-    demo.run(_folder(options.out), options.minutes)
+    demo.run(_folder(options.out), options.minutes, dtype=options.dtype)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -211,7 +211,7 @@ def build_page(
         strips=strips,
         charts=_charts(history, table, rows),
         tables=tables,
-        notes=[_CREDIT, f"ladd on {facts['threads']} threads ({facts['backend']}), batch {facts['batch']}; {spent}."],
+        notes=[_CREDIT, f"ladd on {facts['threads']} threads ({facts['backend']}), batch {facts['batch']}, distilled in {facts['dtype']}; {spent}."],
         sections=_SECTIONS,
     )
 
@@ -219,7 +219,7 @@ def build_page(
 # ---- the stages --------------------------------------------------------------------------------------------------------
 
 
-def generate(model: str | Path, folder: Path, count: int, guidance_scale: float, batch: int, seed: int) -> None:
+def generate(model: str | Path, folder: Path, count: int, guidance_scale: float, batch: int, seed: int, dtype: str) -> None:
     """Latent shards from the teacher."""
     from .training import generate as generation
 
@@ -232,10 +232,12 @@ def generate(model: str | Path, folder: Path, count: int, guidance_scale: float,
         "guidance_scale": guidance_scale,
         "seed": seed,
     }
-    generation.run({"run": settings}, out=folder)
+    generation.run({"run": settings}, out=folder, dtype=dtype)
 
 
-def distil(model: str | Path, latents: Path, folder: Path, minutes: float, batch: int, seed: int) -> tuple[Pipeline, list[dict[str, float]]]:
+def distil(
+    model: str | Path, latents: Path, folder: Path, minutes: float, batch: int, seed: int, dtype: str
+) -> tuple[Pipeline, list[dict[str, float]]]:
     """A fresh student and what was logged while it learned."""
     from .pipeline import Pipeline
     from .training import ladd as distillation
@@ -245,7 +247,7 @@ def distil(model: str | Path, latents: Path, folder: Path, minutes: float, batch
         "ladd": {**RECIPE, "seed": seed},
         "run": {"steps": 1_000_000, "max_minutes": minutes, "batch": batch, "checkpoint_every": 0, "sample_every": 0},
     }
-    pipeline = distillation.run(config, out=folder)
+    pipeline = distillation.run(config, out=folder, dtype=dtype)
     assert pipeline is not None  # only a dry run has none
     return Pipeline.from_pretrained(pipeline, model="student"), read_metrics(folder / "metrics.jsonl")
 
@@ -321,12 +323,14 @@ def run(
     pictures: int | None = None,
     batch: int = 32,
     seed: int = 0,
+    dtype: str = "float32",
     classifier: str | Path | None = None,
 ) -> dict[str, Any]:
     """Runs the demonstration into folder `out` and returns what metrics.json holds.
 
     latents, pictures: synthetic latents and measured pictures a row; None: as many as fit into GENERATE_SECONDS and
-    EVALUATE_SECONDS. What an earlier run left in `out` is made anew.
+    EVALUATE_SECONDS. dtype: of the synthetic latents and of the distillation, "float32" or "bfloat16"; what the page shows is
+    sampled in float32. What an earlier run left in `out` is made anew.
     """
     from . import _core
 
@@ -346,9 +350,9 @@ def run(
         pictures = fitting(EVALUATE_SECONDS, each * sum(map(forwards, rows)), batch, _PICTURES)
 
     with stage(seconds, "generate", f"the teacher writes {latents} synthetic latents, {GENERATE_STEPS} guided steps each"):
-        generate(model, folder / "latents", latents, guidance_scale, batch, seed)
+        generate(model, folder / "latents", latents, guidance_scale, batch, seed, dtype)
     with stage(seconds, "distil", f"a fresh student learns from them for {minutes:g} minutes"):
-        pipelines["fresh"], history = distil(model, folder / "latents", folder / "distillation", minutes, batch, seed)
+        pipelines["fresh"], history = distil(model, folder / "latents", folder / "distillation", minutes, batch, seed, dtype)
     with stage(seconds, "sample", f"{len(SHOWCASE)} prompts through every model"):
         shown = showcase(pipelines, rows, guidance_scale)
     with stage(seconds, "measure", f"{pictures} pictures a row for the quality table"):
@@ -360,6 +364,7 @@ def run(
         "pictures": pictures,
         "updates": len(history),
         "batch": batch,
+        "dtype": dtype,
         "guidance_scale": guidance_scale,
         "threads": _core.get_num_threads(),
         "backend": _core.backend_name(),
