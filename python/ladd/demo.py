@@ -211,7 +211,10 @@ def build_page(
         strips=strips,
         charts=_charts(history, table, rows),
         tables=tables,
-        notes=[_CREDIT, f"ladd on {facts['threads']} threads ({facts['backend']}), batch {facts['batch']}, distilled in {facts['dtype']}; {spent}."],
+        notes=[
+            _CREDIT,
+            f"ladd on {facts['threads']} threads ({facts['backend']}), batch {facts['batch']}, distilled in {facts['dtype']}; {spent}.",
+        ],
         sections=_SECTIONS,
     )
 
