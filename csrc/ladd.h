@@ -153,8 +153,11 @@ typedef struct ladd_mmdit_call {
     const unsigned char *skip;             /* [num_layers] 1: block is bypassed; or NULL */
     int n_taps;                            /* 0: velocity. Else features after these blocks, ascending; stops at the deepest */
     const int *taps;
-    int keep; /* 1: backward will follow */
+    int keep; /* ladd_mmdit_keep */
 } ladd_mmdit_call;
+
+/* Which backward will follow: none, any, or one that asks for gradients of latents and context alone and needs less kept. */
+typedef enum { LADD_KEEP_NONE = 0, LADD_KEEP_ALL, LADD_KEEP_INPUTS } ladd_mmdit_keep;
 
 ladd_status ladd_mmdit_create(ladd_mmdit **model, const ladd_mmdit_config *config); /* weights zero but the position table, which is computed */
 void ladd_mmdit_free(ladd_mmdit *model);
@@ -171,6 +174,7 @@ ladd_status ladd_mmdit_forward(const ladd_context *ctx, ladd_act *velocity, ladd
  * once a forward: it reuses the saved memory. */
 ladd_status ladd_mmdit_backward(const ladd_context *ctx, ladd_act *dlatents, ladd_act *dcontext, ladd_act *dpooled, ladd_mmdit_saved *saved,
                                 const ladd_act *dvelocity, const ladd_act *const *dfeatures, int params);
+int ladd_mmdit_saved_all(const ladd_mmdit_saved *saved); /* whether backward may ask for gradients of parameters and pooled text */
 void ladd_mmdit_saved_free(const ladd_context *ctx, ladd_mmdit_saved *saved);
 
 /* ---- AutoencoderKL: models/autoencoder_kl.c ------------------------------------------------------------------------------------------- */

@@ -176,6 +176,25 @@ def test_plan_is_what_a_forward_takes() -> None:
     assert model.plan(batch, height, width, text) < planned
 
 
+@pytest.mark.parametrize("name", ["sd3", "sd35_medium"])
+def test_a_pass_kept_for_inputs_alone_takes_less_and_gives_the_same(name: str) -> None:
+    model, _ = core_model(name)
+    _, values = arguments(name)
+    _, height, width, text, batch, _ = MMDIT_CASES[name]
+    whole, less = (model.plan(batch, height, width, text, keep=True, params=params) for params in (True, False))
+    assert model.plan(batch, height, width, text) < less < whole
+    results = []
+    for params in (True, False):
+        out, saved = model.forward(*values, keep=True, params=params)
+        cotangent = np.ones_like(out)
+        if not params:
+            for asked in ({"pooled": False}, {"params": False}):
+                with pytest.raises(ValueError, match="params, pooled: expected False, for forward was called with params=False"):
+                    saved.backward(cotangent, **asked)
+        results.append((out, *saved.backward(cotangent, params=False, pooled=False)[:2]))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_backward_computes_what_is_asked_for() -> None:
     model, _ = core_model("sd35_medium")
     inputs, values = arguments("sd35_medium")

@@ -41,6 +41,7 @@ typedef struct block_saved {
 
 struct ladd_mmdit_saved {
     ladd_mmdit *model;
+    int keep;                      /* ladd_mmdit_keep */
     int B, H, W, h, w, N, T, last; /* last: index of the last block that runs */
     int n_taps, taps[LADD_MAX_LAYERS], used;
     unsigned char skip[LADD_MAX_LAYERS];
@@ -74,7 +75,7 @@ static void plan_qkv(const ladd_context *ctx, ladd_arena *arena, ladd_qkv_saved 
 
 /* ends: nobody reads this stream after the block's attention. */
 static void plan_stream(const ladd_context *ctx, ladd_arena *arena, stream_saved *s, ladd_act *input, ladd_act *mid, ladd_act *qk, ladd_act *g,
-                        int64_t rows, int D, int heads, int norm, int keep, int ends) {
+                        ladd_act *hidden, int64_t rows, int D, int heads, int norm, int keep, int ends) {
     s->mean1 = ladd_take_f32(arena, rows);
     s->rstd1 = ladd_take_f32(arena, rows);
     s->x1 = s->x2 = input;
@@ -87,16 +88,16 @@ static void plan_stream(const ladd_context *ctx, ladd_arena *arena, stream_saved
     s->rstd2 = ladd_take_f32(arena, rows);
     s->h = keep ? ladd_take_act(ctx, arena, rows * 4 * D) : g; /* GELU in place when nobody asks for its input */
     s->g = g;
-    s->m = ladd_take_act(ctx, arena, rows * D);
+    s->m = keep == LADD_KEEP_ALL ? ladd_take_act(ctx, arena, rows * D) : hidden; /* only the gate's gradient reads it */
     s->out = keep ? ladd_take_act(ctx, arena, rows * D) : s->in;
 }
 
-static void plan_block(const ladd_context *ctx, ladd_arena *arena, block_saved *b, const struct ladd_mmdit_saved *s, int dual, int keep, int ends) {
+static void plan_block(const ladd_context *ctx, ladd_arena *arena, block_saved *b, const struct ladd_mmdit_saved *s, int dual, int ends) {
     const ladd_mmdit_config *c = &s->model->config;
     int D = s->model->D, heads = c->num_attention_heads, norm = c->qk_rms_norm;
     int64_t x_rows = (int64_t)s->B * s->N, y_rows = (int64_t)s->B * s->T;
-    plan_stream(ctx, arena, &b->x, s->x_in, s->x_mid, s->qk_x, s->g, x_rows, D, heads, norm, keep, 0);
-    plan_stream(ctx, arena, &b->y, s->y_in, s->y_mid, s->qk_y, s->g, y_rows, D, heads, norm, keep, ends);
+    plan_stream(ctx, arena, &b->x, s->x_in, s->x_mid, s->qk_x, s->g, s->hidden, x_rows, D, heads, norm, s->keep, 0);
+    plan_stream(ctx, arena, &b->y, s->y_in, s->y_mid, s->qk_y, s->g, s->hidden, y_rows, D, heads, norm, s->keep, ends);
     b->lse = ladd_take_f32(arena, (x_rows + y_rows) * heads);
     if (!dual) return;
     b->dual_x1 = s->x_in;
@@ -106,11 +107,11 @@ static void plan_block(const ladd_context *ctx, ladd_arena *arena, block_saved *
     b->dual_a = ladd_take_act(ctx, arena, x_rows * D);
 }
 
-static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) {
+static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s) {
     ladd_mmdit *m = s->model;
     const ladd_mmdit_config *c = &m->config;
     ladd_arena *arena = &s->arena;
-    int D = m->D, patch = c->patch_size * c->patch_size;
+    int keep = s->keep, D = m->D, patch = c->patch_size * c->patch_size;
     int64_t B = s->B, x_rows = B * s->N, y_rows = B * s->T;
     s->patches = ladd_take_act(ctx, arena, x_rows * c->in_channels * patch);
     s->context = keep ? ladd_take_act(ctx, arena, y_rows * c->joint_attention_dim) : NULL;
@@ -138,12 +139,12 @@ static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) 
     const size_t end = arena->used;
     arena->used = start;
     s->g = ladd_take_act(ctx, arena, rows * 4 * D);
-    s->hidden = keep ? ladd_take_act(ctx, arena, rows * 4 * D) : NULL;
+    s->hidden = ladd_take_act(ctx, arena, rows * (keep ? 4 : 1) * D);
     if (arena->used < end) arena->used = end;
     int any_dual = 0;
     for (int i = 0; i <= s->last; i++) any_dual |= c->dual[i] && !s->skip[i];
     block_saved shared = {.x.in = x, .y.in = y};
-    if (!keep) plan_block(ctx, arena, &shared, s, any_dual, 0, 0);
+    if (!keep) plan_block(ctx, arena, &shared, s, any_dual, 0);
     for (int i = 0; i <= s->last; i++) {
         block_saved *b = &s->blocks[i];
         if (!keep) {
@@ -157,7 +158,7 @@ static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) 
             b->y.out = y;
             continue;
         }
-        plan_block(ctx, arena, b, s, c->dual[i], 1, i == s->last);
+        plan_block(ctx, arena, b, s, c->dual[i], i == s->last);
         x = b->x.out;
         y = b->y.out;
     }
@@ -172,7 +173,7 @@ static void plan(const ladd_context *ctx, struct ladd_mmdit_saved *s, int keep) 
     s->dpatches = ladd_take_act(ctx, arena, x_rows * c->in_channels * patch);
     s->dx = ladd_take_act(ctx, arena, x_rows * D);
     s->dy = ladd_take_act(ctx, arena, y_rows * D);
-    s->dmod = ladd_take_act(ctx, arena, B * s->mod_rows);
+    s->dmod = keep == LADD_KEEP_ALL ? ladd_take_act(ctx, arena, B * s->mod_rows) : NULL;
     s->branch_x = ladd_take_act(ctx, arena, x_rows * D);
     s->branch_y = ladd_take_act(ctx, arena, y_rows * D);
     s->branch_dual = any_dual ? ladd_take_act(ctx, arena, x_rows * D) : NULL;
@@ -213,6 +214,7 @@ static ladd_status begin(const ladd_context *ctx, struct ladd_mmdit_saved **out,
         return ladd_fail(LADD_ERR_MEMORY, "out of memory for the state of a forward pass");
     }
     s->model = m;
+    s->keep = call->keep;
     s->B = call->batch;
     s->H = call->height;
     s->W = call->width;
@@ -225,10 +227,12 @@ static ladd_status begin(const ladd_context *ctx, struct ladd_mmdit_saved **out,
     if (call->skip) memcpy(s->skip, call->skip, (size_t)c->num_layers);
     s->last = call->n_taps ? call->taps[call->n_taps - 1] : c->num_layers - 1;
     s->mod_rows = call->n_taps ? m->blocks[s->last].modulation_end : m->modulation_rows;
-    plan(ctx, s, call->keep);
+    plan(ctx, s);
     *out = s;
     return LADD_OK;
 }
+
+int ladd_mmdit_saved_all(const ladd_mmdit_saved *saved) { return saved->keep == LADD_KEEP_ALL; }
 
 void ladd_mmdit_saved_free(const ladd_context *ctx, ladd_mmdit_saved *saved) {
     if (!saved) return;
@@ -363,7 +367,7 @@ ladd_status ladd_mmdit_forward(const ladd_context *ctx, ladd_act *velocity, ladd
     LADD_TRY(begin(ctx, &s, model, call));
     ladd_status status = ladd_arena_reserve(ctx, &s->arena);
     if (status == LADD_OK) {
-        plan(ctx, s, call->keep);
+        plan(ctx, s);
         status = run_forward(ctx, velocity, features, s, latents, sigma, context, pooled);
     }
     if (status == LADD_OK && call->keep)
@@ -503,6 +507,8 @@ ladd_status ladd_mmdit_backward(const ladd_context *ctx, ladd_act *dlatents, lad
     struct ladd_mmdit_saved *s = saved;
     ladd_mmdit *m = s->model;
     if (s->used) return ladd_fail(LADD_ERR_RUNTIME, "one backward a forward expected; this one's saved memory was used already");
+    if ((params || dpooled) && !ladd_mmdit_saved_all(s))
+        return ladd_fail(LADD_ERR_VALUE, "a forward that keeps all expected for gradients of parameters or pooled text, got one that keeps less");
     if (params) LADD_TRY(ladd_params_need_grad(&m->params));
     s->used = 1;
     const ladd_weights w = {.data = m->params.compute, .grad = params ? m->params.grad : NULL};

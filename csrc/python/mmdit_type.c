@@ -79,11 +79,12 @@ typedef struct mmdit_call {
     int taps[LADD_MAX_LAYERS];
 } mmdit_call;
 
-/* skip_layers, taps and keep, for a model of `layers` blocks. */
-static int read_call(mmdit_call *c, int layers, PyObject *skip_layers, PyObject *taps, PyObject *keep) {
-    int skipped[LADD_MAX_LAYERS];
+/* skip_layers, taps, keep and params, for a model of `layers` blocks. */
+static int read_call(mmdit_call *c, int layers, PyObject *skip_layers, PyObject *taps, PyObject *keep, PyObject *params) {
+    int skipped[LADD_MAX_LAYERS], kept = 0, all = 1;
     memset(c, 0, sizeof *c);
-    if (core_bool(keep, "keep", &c->call.keep) < 0) return -1;
+    if (core_bool(keep, "keep", &kept) < 0 || core_bool(params, "params", &all) < 0) return -1;
+    c->call.keep = !kept ? LADD_KEEP_NONE : all ? LADD_KEEP_ALL : LADD_KEEP_INPUTS;
     if (skip_layers && skip_layers != Py_None) {
         Py_ssize_t n = core_int_list(skip_layers, "skip_layers", skipped, LADD_MAX_LAYERS, 0, layers - 1);
         if (n < 0) return -1;
@@ -106,15 +107,16 @@ static int read_call(mmdit_call *c, int layers, PyObject *skip_layers, PyObject 
 }
 
 static PyObject *mmdit_plan(PyObject *object, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"batch", "height", "width", "text_tokens", "skip_layers", "taps", "keep", NULL};
+    static char *names[] = {"batch", "height", "width", "text_tokens", "skip_layers", "taps", "keep", "params", NULL};
     core_model *self = (core_model *)object;
-    PyObject *sizes[4], *skip_layers = NULL, *taps = NULL, *keep = NULL;
+    PyObject *sizes[4], *skip_layers = NULL, *taps = NULL, *keep = NULL, *params = NULL;
     mmdit_call c;
     core_call call;
     size_t bytes = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO:plan", names, &sizes[0], &sizes[1], &sizes[2], &sizes[3], &skip_layers, &taps, &keep))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOOO:plan", names, &sizes[0], &sizes[1], &sizes[2], &sizes[3], &skip_layers, &taps, &keep,
+                                     &params))
         return NULL;
-    if (read_call(&c, ladd_mmdit_get_config(self->model)->num_layers, skip_layers, taps, keep) < 0) return NULL;
+    if (read_call(&c, ladd_mmdit_get_config(self->model)->num_layers, skip_layers, taps, keep, params) < 0) return NULL;
     int *fields[4] = {&c.call.batch, &c.call.height, &c.call.width, &c.call.text_tokens};
     for (int i = 0; i < 4; i++)
         if (core_int(sizes[i], names[i], 1, INT_MAX, fields[i]) < 0) return NULL;
@@ -124,10 +126,10 @@ static PyObject *mmdit_plan(PyObject *object, PyObject *args, PyObject *kwargs) 
 }
 
 static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"latents", "sigma", "context", "pooled", "skip_layers", "taps", "keep", NULL};
+    static char *names[] = {"latents", "sigma", "context", "pooled", "skip_layers", "taps", "keep", "params", NULL};
     core_model *self = (core_model *)object;
     const ladd_mmdit_config *config = ladd_mmdit_get_config(self->model);
-    PyObject *latents, *sigma, *context, *pooled, *skip_layers = NULL, *taps = NULL, *keep = NULL;
+    PyObject *latents, *sigma, *context, *pooled, *skip_layers = NULL, *taps = NULL, *keep = NULL, *params = NULL;
     PyObject *result = NULL, *output = NULL;
     core_saved *saved = NULL;
     ladd_mmdit_saved *kept = NULL;
@@ -136,9 +138,10 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     mmdit_call c;
     core_call call;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOO:forward", names, &latents, &sigma, &context, &pooled, &skip_layers, &taps, &keep))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|OOOO:forward", names, &latents, &sigma, &context, &pooled, &skip_layers, &taps, &keep,
+                                     &params))
         return NULL;
-    if (read_call(&c, config->num_layers, skip_layers, taps, keep) < 0) return NULL;
+    if (read_call(&c, config->num_layers, skip_layers, taps, keep, params) < 0) return NULL;
     DIM(&dims, 'C') = config->in_channels;
     DIM(&dims, 'J') = config->joint_attention_dim;
     DIM(&dims, 'P') = config->pooled_projection_dim;
@@ -190,6 +193,10 @@ static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwar
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOO:backward", names, &cotangent, &given[0], &given[1], &given[2], &given[3])) return NULL;
     for (int i = 0; i < 4; i++)
         if (core_bool(given[i], names[i + 1], &wanted[i]) < 0) return NULL;
+    if (self->saved && (wanted[0] || wanted[3]) && !ladd_mmdit_saved_all(self->saved)) {
+        PyErr_SetString(PyExc_ValueError, "params, pooled: expected False, for forward was called with params=False; got True");
+        return NULL;
+    }
     if (self->n_outputs == 0) {
         PyObject *array = core_input(cotangent, "cotangent", "BKYX", &self->dims);
         if (!array) return NULL;
@@ -221,9 +228,11 @@ done:
 
 static PyMethodDef model_methods[] = {
     CORE_METHOD("plan", mmdit_plan,
-                "plan(batch, height, width, text_tokens, skip_layers=(), taps=None, keep=False) -> bytes that such a forward takes"),
-    CORE_METHOD("forward", mmdit_forward,
-                "forward(latents, sigma, context, pooled, skip_layers=(), taps=None, keep=False) -> (velocity or list of features, saved or None)"),
+                "plan(batch, height, width, text_tokens, skip_layers=(), taps=None, keep=False, params=True) -> bytes that such a forward takes"),
+    CORE_METHOD(
+        "forward", mmdit_forward,
+        "forward(latents, sigma, context, pooled, skip_layers=(), taps=None, keep=False, params=True) -> (velocity or list of features, saved "
+        "or None)"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -136,6 +136,7 @@ class MMDiT(Model):
         skip_layers: Sequence[int] = (),
         taps: Sequence[int] | None = None,
         keep: bool = False,
+        params: bool = True,
     ) -> int:
         """Bytes of activations that forward with these arguments takes."""
     @overload
@@ -148,9 +149,11 @@ class MMDiT(Model):
         skip_layers: Sequence[int] = (),
         taps: None = None,
         keep: bool = False,
+        params: bool = True,
     ) -> tuple[Array, MMDiTSaved | None]:
         """latents[B,C,H,W], sigma[B], context[B,T,J], pooled[B,P] -> velocity[B,C_out,h*p,w*p]; with taps a list of features[B,N,D], one a tap,
-        ascending, and nothing deeper than the last tap is computed. keep: also return what backward needs."""
+        ascending, and nothing deeper than the last tap is computed. keep: also return what backward needs; with
+        params False of a backward that asks for neither parameters nor pooled, which is less."""
     @overload
     def forward(
         self,
@@ -162,6 +165,7 @@ class MMDiT(Model):
         *,
         taps: Sequence[int],
         keep: bool = False,
+        params: bool = True,
     ) -> tuple[list[Array], MMDiTSaved | None]: ...
 
 class MMDiTSaved:

@@ -248,9 +248,20 @@ class MMDiT(_Model[MMDiTConfig]):
 
         return out, pullback
 
-    def plan(self, batch: int, height: int, width: int, text_tokens: int, *, taps: Sequence[int] | None = None, keep: bool = False) -> int:
-        """Bytes of activations of one forward; with `keep` of one that a backward follows."""
-        return self._core.plan(batch, height, width, text_tokens, taps=None if taps is None else self._taps(taps), keep=keep)
+    def plan(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        text_tokens: int,
+        *,
+        taps: Sequence[int] | None = None,
+        keep: bool = False,
+        params: bool = True,
+    ) -> int:
+        """Bytes of activations of one forward; with `keep` of one that a backward follows, as a frozen model's without `params`."""
+        chosen = None if taps is None else self._taps(taps)
+        return self._core.plan(batch, height, width, text_tokens, taps=chosen, keep=keep, params=params)
 
 
 def _like(value: Any, out: Any, name: str) -> Any:

@@ -240,7 +240,7 @@ class LADD:
 
     def _features(self, noised: Array, t_hat: Array, part: Part, keep: bool) -> tuple[list[Array], Any]:
         taps = self.discriminator.config.taps
-        return self.teacher._core.forward(noised, t_hat, part.context, part.pooled, taps=taps, keep=keep)
+        return self.teacher._core.forward(noised, t_hat, part.context, part.pooled, taps=taps, keep=keep, params=False)
 
     def _fake_pass(self, part: Part, x0: Array, keep: bool) -> FakePass:
         purpose = _purposes.RENOISE_REAL if self.config.share_noise else _purposes.RENOISE_FAKE
@@ -498,7 +498,7 @@ def run(
         at_once = min(settings.batch, ladd_config.micro_batch or settings.batch)
         tokens = pipe.text.max_words
         kept = student.plan(at_once, shape[1], shape[2], tokens, keep=True) + teacher.plan(
-            at_once, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True
+            at_once, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True, params=False
         )
         trained = student.num_parameters + heads.num_parameters
         moments = common.moments_bytes(ladd_config.student, student.num_parameters)
