@@ -59,7 +59,7 @@ test: $(VENV)/test.done  ## all tests that need no PyTorch
 test-peers: $(PEERS)/peers.done  ## live comparison with PyTorch and diffusers, in .venv-peers
 	$(PEERS)/bin/python -m pytest tests/peers
 
-# BENCH_ARGS chooses rows: make bench BENCH_ARGS="'demo/step/*' --seconds 10"
+# BENCH_ARGS chooses rows: make bench BENCH_ARGS="'demo/step/*' --seconds 10"; torch.compile needs g++.
 bench: $(PEERS)/bench.done  ## time ladd beside PyTorch with diffusers' model, in .venv-peers
 	$(PEERS)/bin/python benchmarks/vs_pytorch.py $(BENCH_ARGS)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import measure
 import numpy as np
-import vs_pytorch
+import ours
 from sizes import SIZES, Size
 
 import ladd
@@ -125,7 +125,7 @@ def cases(s: Size) -> dict[str, Case]:
     table["group_norm forward"] = (lambda: _core.group_norm_forward(flat, gamma, gamma, 8), (flat,), 0)
     table["group_norm backward"] = (lambda: _core.group_norm_backward(flat, flat, mean8, rstd8, gamma, gamma), (flat, flat), 0)
 
-    p = normal(sum(a.size for a in vs_pytorch.our_model(s).state_dict().values()))
+    p = normal(sum(a.size for a in ours.model(s).state_dict().values()))
     m, v, g = np.zeros_like(p), np.zeros_like(p), p.copy()
     table["adamw"] = (lambda: _core.adamw(p, m, v, g, 1e-6, 0.9, 0.99, 1e-8, 0.0, 1), (p, p, m, m, v, v, g), 0)  # three are written too
     table["ema"] = (lambda: _core.ema(m, p, 0.99), (m, m, p), 0)
@@ -158,11 +158,11 @@ def operations(s: Size) -> dict[str, float]:
 
 
 def passes(s: Size) -> dict[str, Callable[[], object]]:
-    model, inputs = vs_pytorch.our_model(s), s.inputs()
-    trainer = vs_pytorch.our_trainer(s, "float32")
+    model, inputs = ours.model(s), s.inputs()
+    trainer = ours.trainer(s, "float32")
     return {
         "forward": lambda: model(*inputs.values()),
-        "forward+backward": vs_pytorch.our_forward_backward(model, inputs),
+        "forward+backward": ours.forward_backward(model, inputs),
         "step": lambda: trainer.step(inputs["latents"], inputs["context"], inputs["pooled"]),
     }
 

@@ -1,11 +1,15 @@
 """PyTorch's side, as its practised users write it: diffusers' SD3Transformer2DModel on scaled_dot_product_attention, the same
 heads as ladd's, fused AdamW, inference_mode for passes without gradients, one teacher pass over real and fake together, frozen
-models without gradients. The discriminator's and the student's update are apart and share no pass, as in every public trainer.
+models without gradients. In bfloat16 what is frozen or only sampled has weights in bfloat16; what is trained runs under autocast.
+torch.compile sees whole graphs of fixed shapes: what it cannot compile is an error and never run eagerly, and weights that do not
+change are packed once (freezing). The discriminator's and the student's update are apart and share no pass, as in every public
+trainer; sharing_step is what a user gains who writes them as ladd does.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +21,20 @@ from sizes import VAE, Size
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
+
+# A wrong guess of a changing shape costs a slower, general kernel: each of the few shapes here gets its own.
+COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has compiled so far in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def forget_compilations() -> None:
+    torch.compiler.reset()
 
 
 def tensors(inputs: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -30,11 +48,38 @@ def transformer(size: Size, state: dict[str, np.ndarray]) -> SD3Transformer2DMod
     return model
 
 
+def cast(model: SD3Transformer2DModel, dtype: torch.dtype) -> SD3Transformer2DModel:
+    return nn.Module.to(model, dtype)  # diffusers' own `to` warns of the modules to keep in float32 even where there are none
+
+
 def autoencoder(state: dict[str, np.ndarray]) -> AutoencoderKL:
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     model = AutoencoderKL(**VAE, down_block_types=down, up_block_types=up)
     model.load_state_dict(tensors(state))
     return model.eval().requires_grad_(False)
+
+
+def decoder(state: dict[str, np.ndarray], latents: np.ndarray) -> tuple[Callable[[], Tensor], str]:
+    """A decode, and the memory layout that it runs in: the faster one here of NCHW and channels_last."""
+    layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    took: dict[str, float] = {}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, layout in layouts.items():
+        vae = autoencoder(state).to(memory_format=layout)  # type: ignore[call-overload]
+        given = torch.from_numpy(latents).to(memory_format=layout)
+
+        def call(vae: AutoencoderKL = vae, given: Tensor = given) -> Tensor:
+            with torch.inference_mode():
+                out: Tensor = vae.decode(given, return_dict=False)[0]
+                return out
+
+        calls[name] = call
+        call()
+        start = time.perf_counter()
+        call()
+        took[name] = time.perf_counter() - start
+    best = min(took, key=lambda name: took[name])
+    return calls[best], best
 
 
 def features(model: SD3Transformer2DModel, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> list[Tensor]:
@@ -88,10 +133,11 @@ class Trainer:
 
     def __init__(self, size: Size, state: dict[str, np.ndarray], *, compiled: bool, bf16: bool) -> None:
         self.student = transformer(size, state)
-        self.teacher = transformer(size, state).eval().requires_grad_(False)
+        self.frozen = torch.bfloat16 if bf16 else torch.float32
+        self.teacher = cast(transformer(size, state), self.frozen).eval().requires_grad_(False)
         self.heads = Heads(size)
-        wrap: Callable[[Any], Any] = torch.compile if compiled else lambda f: f
-        self.run_student, self.run_features, self.run_heads = wrap(self.student), wrap(features), wrap(self.heads)
+        wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, **COMPILE)) if compiled else lambda f: f
+        self.run_student, self.run_teacher, self.run_heads = wrap(self.student), wrap(features), wrap(self.heads)
         self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
         self.heads_optimizer = torch.optim.AdamW(self.heads.parameters(), lr=1e-3, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
         self.ema = [p.detach().clone() for p in self.student.parameters()]
@@ -100,6 +146,10 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def _features(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> list[Tensor]:
+        out: list[Tensor] = self.run_teacher(self.teacher, x.to(self.frozen), t, context.to(self.frozen), pooled.to(self.frozen))
+        return out
 
     @staticmethod
     def _mix(x: Tensor, t: Tensor) -> Tensor:
@@ -114,47 +164,69 @@ class Trainer:
         )
         return x - t[:, None, None, None] * velocity[0]
 
-    def discriminator_step(self, latents: Tensor, context: Tensor, pooled: Tensor) -> float:
-        t = torch.sigmoid(1 + torch.randn(len(latents)))
+    def _update_heads(self, taps: list[Tensor], t: Tensor, pooled: Tensor) -> float:
+        """taps, t, pooled: of the real pictures, then of the fake ones."""
         with self._autocast():
-            with torch.no_grad():  # not inference_mode: the heads' backward keeps these tensors
-                both = self._mix(torch.cat([latents, self._x0(latents, context, pooled).float()]), t.repeat(2))
-                taps = self.run_features(self.teacher, both, t.repeat(2), context.repeat(2, 1, 1), pooled.repeat(2, 1))
-            logits = self.run_heads(taps, t.repeat(2), pooled.repeat(2, 1))
+            logits = self.run_heads(taps, t, pooled)
             pairs = [x.float().chunk(2) for x in logits]
             loss = torch.stack([functional.relu(1 - real).mean() + functional.relu(1 + fake).mean() for real, fake in pairs]).mean()
         self.heads_optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0, foreach=True)
         self.heads_optimizer.step()
         return loss.item()
 
-    def student_step(self, latents: Tensor, context: Tensor, pooled: Tensor) -> float:
-        t = torch.sigmoid(1 + torch.randn(len(latents)))
+    def _update_student(self, taps: list[Tensor], t: Tensor, pooled: Tensor) -> float:
         self.heads.requires_grad_(False)
         with self._autocast():
-            noised = self._mix(self._x0(latents, context, pooled), t)
-            logits = self.run_heads(self.run_features(self.teacher, noised, t, context, pooled), t, pooled)
+            logits = self.run_heads(taps, t, pooled)
             loss = -torch.stack([x.float().mean() for x in logits]).mean()
         self.student_optimizer.zero_grad()
         loss.backward()
         self.heads.requires_grad_(True)
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0, foreach=True)
         self.student_optimizer.step()
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.student.parameters()], 0.005)
         return loss.item()
+
+    def _fake_taps(self, latents: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> list[Tensor]:
+        return self._features(self._mix(self._x0(latents, context, pooled).float(), t), t, context, pooled)
+
+    def discriminator_step(self, latents: Tensor, context: Tensor, pooled: Tensor) -> float:
+        t = torch.sigmoid(1 + torch.randn(len(latents))).repeat(2)
+        with self._autocast(), torch.no_grad():  # not inference_mode: the heads' backward keeps these tensors
+            both = self._mix(torch.cat([latents, self._x0(latents, context, pooled).float()]), t)
+            taps = self._features(both, t, context.repeat(2, 1, 1), pooled.repeat(2, 1))
+        return self._update_heads(taps, t, pooled.repeat(2, 1))
+
+    def student_step(self, latents: Tensor, context: Tensor, pooled: Tensor) -> float:
+        t = torch.sigmoid(1 + torch.randn(len(latents)))
+        with self._autocast():
+            taps = self._fake_taps(latents, t, context, pooled)
+        return self._update_student(taps, t, pooled)
 
     def step(self, latents: Tensor, context: Tensor, pooled: Tensor) -> None:
         self.discriminator_step(latents, context, pooled)
         self.student_step(latents, context, pooled)
 
+    def sharing_step(self, latents: Tensor, context: Tensor, pooled: Tensor) -> None:
+        """Both updates from one pass of the student and one of the teacher over what it made: what ladd's step does."""
+        t = torch.sigmoid(1 + torch.randn(len(latents)))
+        with self._autocast():
+            fake = self._fake_taps(latents, t, context, pooled)
+            with torch.no_grad():
+                real = self._features(self._mix(latents, t), t, context, pooled)
+        both = [torch.cat([r, f.detach()]) for r, f in zip(real, fake, strict=True)]
+        self._update_heads(both, t.repeat(2), pooled.repeat(2, 1))
+        self._update_student(fake, t, pooled)
+
 
 def forward(model: SD3Transformer2DModel, inputs: dict[str, Tensor], *, compiled: bool, bf16: bool) -> Callable[[], Tensor]:
     """A sampler's forward: weights in the compute type, as diffusers' pipelines load them with torch_dtype."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    model = model.to(dtype).eval()
+    model = cast(model, dtype).eval().requires_grad_(False)
     given = {k: v.to(dtype) for k, v in inputs.items()}
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model, **COMPILE, options={"freezing": True}) if compiled else model
 
     def call() -> Tensor:
         with torch.inference_mode():
@@ -166,7 +238,7 @@ def forward(model: SD3Transformer2DModel, inputs: dict[str, Tensor], *, compiled
 
 def forward_backward(model: SD3Transformer2DModel, inputs: dict[str, Tensor], *, compiled: bool, bf16: bool) -> Callable[[], None]:
     """With gradients of all parameters."""
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model, **COMPILE) if compiled else model
     cotangent = torch.ones_like(inputs["latents"])
 
     def call() -> None:

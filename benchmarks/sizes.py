@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,16 @@ SIZES = {
     "S": Size(6, 6, 32, 77, 16, 4, 768, 768, 64, "rms_norm"),
     "SD3": Size(2, 24, 64, 154, 16, 1, 4096, 2048, 256, None),
 }
+
+# How cost grows: at width 384, batch 1, 77 text tokens; over image tokens at depth 2, over depth at 256 image tokens.
+TOKENS = (64, 256, 1024, 4096)
+DEPTHS = (1, 2, 4, 8, 16)
+
+
+def growing(along: str, x: int) -> Size:
+    tokens, depth = (x, 2) if along == "image tokens" else (256, x)
+    return Size(depth, 6, 2 * math.isqrt(tokens), 77, 16, 1, 768, 768, 64, "rms_norm")
+
 
 # Stable Diffusion 3's autoencoder.
 VAE = {

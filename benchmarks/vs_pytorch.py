@@ -1,280 +1,322 @@
-"""ladd beside PyTorch with diffusers' model on this machine: a table of ratios, and JSON beside it.
+"""ladd beside PyTorch with diffusers' model on this machine: ratios and figures with their targets, and JSON beside the table.
 
-    python benchmarks/vs_pytorch.py                        # every row, some 40 minutes
-    python benchmarks/vs_pytorch.py 'demo/step/*'          # rows by name; a row takes about a minute
-    python benchmarks/vs_pytorch.py --list                 # their names
-    python benchmarks/vs_pytorch.py --grow docs/images/growth.png
+    python benchmarks/vs_pytorch.py                        # every row
+    python benchmarks/vs_pytorch.py 'demo/step/*'          # rows by name
+    python benchmarks/vs_pytorch.py --list                 # their names; torch.compile has rows of its own, at the end
+    python benchmarks/vs_pytorch.py --resume               # what out/vs_pytorch.json does not hold yet
+    python benchmarks/vs_pytorch.py --report               # Markdown tables and the plot from out/vs_pytorch.json, nothing is measured
 
 A row is size/what/dtype. All sides of a row run in one process with the same number of threads, are warmed up and then take turns; the
 ratio is the rival's median time over ladd's. "step" is one LADD update of the discriminator and one of the student: ladd shares forward
-passes between them, PyTorch's side does them apart (peer.py says how it is written). bfloat16 is autocast on PyTorch's side, and weights
-in bfloat16 for its forward alone. "memory" is the peak resident memory of a process that trains a few steps at demo size.
+passes between them, PyTorch's side does them apart (peer.py says how it is written), except in "step-rival-shares-passes". bfloat16 is
+autocast on PyTorch's side, and weights in bfloat16 for what is not trained. The JSON is written after every row.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
+import functools
+import gc
 import json
-import subprocess
-import sys
+import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import figures
 import measure
 import numpy as np
-from sizes import ATTENTION, SIZES, VAE, Size, attention_inputs
+import ours
+import report
+from sizes import ATTENTION, DEPTHS, SIZES, TOKENS, VAE, Size, attention_inputs, growing
 
 import ladd
 from ladd import _core
 
-Call = Callable[[], object]
-Clock = Callable[[], float]
+Calls = dict[str, Callable[[], object]]
 DTYPES = ("float32", "bfloat16")
+# Ratios that ladd is to reach.
+TARGETS = {
+    "step": {"float32": {"eager": 1.8, "compile": 1.6}, "bfloat16": {"eager": 2.0, "compile": 1.8}},
+    "wide step": {"float32": {"eager": 1.7}, "bfloat16": {"eager": 1.8}},
+    "pass": {"float32": {"eager": 1.5, "compile": 1.3}, "bfloat16": {"eager": 1.7, "compile": 1.4}},
+    "attention": {"float32": {"eager": 1.3}, "bfloat16": {"eager": 1.3}},
+    "decode": {"float32": {"eager": 1.2}},
+}
 
 
-class NotHere(Exception):
-    """This build or processor has no such row."""
+@dataclass(frozen=True)
+class Comparison:
+    """build makes one call a side, and notes on them; they then take turns for `share` of the time of a row."""
+
+    build: Callable[[], tuple[Calls, dict[str, str]]]
+    target: dict[str, float] = field(default_factory=dict)
+    share: float = 1.0
+    growth: dict[str, Any] | None = None
 
 
-# ---- ladd's side --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Figure:
+    """One number with a bound."""
 
-
-def our_model(size: Size, dtype: str = "float32") -> ladd.MMDiT:
-    model = ladd.MMDiT(size.transformer(), dtype=dtype)
-    # The standard initialisation is zero at gates and output: with these weights every part of the network counts.
-    rng = np.random.default_rng(1)
-    model.flat_trainable[:] = rng.standard_normal(model.flat_trainable.shape, dtype=np.float32) * np.float32(0.02)
-    return model
-
-
-def our_trainer(size: Size, dtype: str) -> ladd.LADD:
-    student = our_model(size, dtype)
-    heads = ladd.Discriminator(size.discriminator(), dtype=dtype)
-    return ladd.LADD(student, student.copy(), heads, allow_noise_latents=True)
-
-
-def our_forward_backward(model: ladd.MMDiT, inputs: dict[str, np.ndarray]) -> Call:
-    cotangent = np.ones_like(inputs["latents"])
-
-    def call() -> None:
-        model.zero_grad()
-        _, pullback = model.vjp(*inputs.values())
-        pullback(cotangent, latents=False, context=False, pooled=False)
-
-    return call
+    measure: Callable[[float, int], figures.Measured]  # seconds to use, least number of runs
+    bound: str  # "at most", "at least"
+    target: float
+    unit: str
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------------
 
 
-def model_row(size: Size, what: str, dtype: str, compiled: bool) -> dict[str, Call]:
+def step_row(size: Size, dtype: str, rival: str = "eager", sharing: bool = False) -> tuple[Calls, dict[str, str]]:
+    import peer
+
+    trainer, batch, theirs = ours.trainer(size, dtype), ours.batch(size), peer.tensors(size.inputs())
+    calls: Calls = {"ladd": lambda: trainer.step(*batch)}
+    other = peer.Trainer(size, trainer.teacher.state_dict(), compiled=rival == "compile", bf16=dtype == "bfloat16")
+    parameters = sum(p.numel() for p in other.heads.parameters())
+    assert parameters == trainer.discriminator.num_parameters, "the heads of both sides must be the same"
+    update = other.sharing_step if sharing else other.step
+    calls[rival] = functools.partial(update, theirs["latents"], theirs["context"], theirs["pooled"])
+    return calls, {}
+
+
+def pass_row(size: Size, what: str, dtype: str, rival: str = "eager") -> tuple[Calls, dict[str, str]]:
     import peer
 
     bf16, inputs = dtype == "bfloat16", size.inputs()
-    theirs = peer.tensors(inputs)
-    modes = {"eager": False, "compile": True} if compiled else {"eager": False}
-    calls: dict[str, Call] = {}
-    if what == "step":
-        trainer = our_trainer(size, dtype)
-        batch = (inputs["latents"], inputs["context"], inputs["pooled"])
-        calls["ladd"] = lambda: trainer.step(*batch)
-        state = trainer.teacher.state_dict()
-        for mode, flag in modes.items():
-            rival = peer.Trainer(size, state, compiled=flag, bf16=bf16)
-            parameters = sum(p.numel() for p in rival.heads.parameters())
-            assert parameters == trainer.discriminator.num_parameters, "the heads of both sides must be the same"
-            calls[mode] = lambda rival=rival: rival.step(theirs["latents"], theirs["context"], theirs["pooled"])
-        return calls
-    model = our_model(size, dtype)
-    state = model.state_dict()
-    calls["ladd"] = (lambda: model(*inputs.values())) if what == "forward" else our_forward_backward(model, inputs)
-    for mode, flag in modes.items():
-        make: Any = peer.forward if what == "forward" else peer.forward_backward
-        calls[mode] = make(peer.transformer(size, state), theirs, compiled=flag, bf16=bf16)
-    if what == "forward":
-        ours, rival = model(*inputs.values()), calls["eager"]()
-        worst = np.abs(ours - rival.float().numpy()).max() / np.abs(ours).max()  # type: ignore[attr-defined]
+    theirs, model = peer.tensors(inputs), ours.model(size, dtype)
+    calls: Calls = {"ladd": (lambda: model(*inputs.values())) if what == "forward" else ours.forward_backward(model, inputs)}
+    make: Any = peer.forward if what == "forward" else peer.forward_backward
+    calls[rival] = make(peer.transformer(size, model.state_dict()), theirs, compiled=rival == "compile", bf16=bf16)
+    if what == "forward" and rival == "eager":
+        mine, his = model(*inputs.values()), calls[rival]()
+        worst = np.abs(mine - his.float().numpy()).max() / np.abs(mine).max()  # type: ignore[attr-defined]
         assert worst < (5e-2 if bf16 else 1e-4), f"both sides must compute the same, they differ by {worst:.1e}"
-    return calls
+    return calls, {}
 
 
-def attention_row(shape: tuple[int, int, int, int], what: str, dtype: str) -> dict[str, Call]:
+def attention_row(shape: tuple[int, int, int, int], what: str, dtype: str) -> tuple[Calls, dict[str, str]]:
     import peer
 
-    if dtype != "float32":
-        raise NotHere("ladd's attention kernels take float32 arrays")
     streams = attention_inputs(*shape)
-    outs, lse = _core.attention_forward(streams)
+    outs, lse = _core.attention_forward(streams, None, dtype)
     douts = [np.ones_like(o) for o in outs]
-    forward, backward = peer.attention(streams, False)
+    forward, backward = peer.attention(streams, dtype == "bfloat16")
     if what == "forward":
-        return {"ladd": lambda: _core.attention_forward(streams), "eager": forward}
-    return {"ladd": lambda: _core.attention_backward(douts, streams, outs, lse), "eager": backward}
+        return {"ladd": lambda: _core.attention_forward(streams, None, dtype), "eager": forward}, {}
+    return {"ladd": lambda: _core.attention_backward(douts, streams, outs, lse, None, dtype), "eager": backward}, {}
 
 
-def decode_row() -> dict[str, Call]:
+def decode_row() -> tuple[Calls, dict[str, str]]:
     import peer
-    import torch
 
     vae = ladd.AutoencoderKL({**VAE, "scaling_factor": 1.0})
     latents = np.random.default_rng(0).standard_normal((1, 16, 64, 64), dtype=np.float32)
-    rival, theirs = peer.autoencoder(vae.state_dict()), torch.from_numpy(latents)
-
-    def decode() -> object:
-        with torch.inference_mode():
-            return rival.decode(theirs).sample
-
-    return {"ladd": lambda: vae.decode(latents), "eager": decode}
+    rival, layout = peer.decoder(vae.state_dict(), latents)
+    return {"ladd": lambda: vae.decode(latents), "eager": rival}, {"eager": f"{layout} was the faster layout"}
 
 
-def rows(compiled: bool) -> dict[str, Callable[[], dict[str, Call]]]:
-    table: dict[str, Callable[[], dict[str, Call]]] = {}
+def all_rows(options: argparse.Namespace) -> dict[str, Comparison | Figure]:
+    rows: dict[str, Comparison | Figure] = {}
+    compiled: dict[str, Comparison | Figure] = {}
+
+    def both(name: str, build: Callable[..., tuple[Calls, dict[str, str]]], target: dict[str, float]) -> None:
+        rows[name] = Comparison(build, {"eager": target["eager"]})
+        if "compile" in target:
+            compiled[f"{name}/compile"] = Comparison(functools.partial(build, rival="compile"), {"compile": target["compile"]})
+
     for name, size in SIZES.items():
-        for what in ("step", "forward", "forward+backward"):
+        for dtype in DTYPES:
+            both(f"{name}/step/{dtype}", functools.partial(step_row, size, dtype), TARGETS["wide step" if name == "SD3" else "step"][dtype])
+        for dtype in DTYPES if name != "SD3" else ():
+            rows[f"{name}/step-rival-shares-passes/{dtype}"] = Comparison(functools.partial(step_row, size, dtype, sharing=True))
+        for what in ("forward", "forward+backward"):
             for dtype in DTYPES:
-                also = compiled and name != "SD3"  # compiling two blocks of width 1536 changes little and takes minutes
-                table[f"{name}/{what}/{dtype}"] = lambda s=size, w=what, d=dtype, c=also: model_row(s, w, d, c)  # type: ignore[misc]
+                both(f"{name}/{what}/{dtype}", functools.partial(pass_row, size, what, dtype), TARGETS["pass"][dtype])
     for shape in ATTENTION:
         for what in ("forward", "backward"):
-            name = "attention-{}x({}+{})x{}".format(*shape[:3], 64 * shape[3])
-            table[f"{name}/{what}/float32"] = lambda s=shape, w=what: attention_row(s, w, "float32")  # type: ignore[misc]
-    table["VAE-64x64-to-512x512/decode/float32"] = decode_row
-    return table
+            for dtype in DTYPES:
+                row = "attention-{}x({}+{})x{}".format(*shape[:3], 64 * shape[3])
+                build = functools.partial(attention_row, shape, what, dtype)
+                rows[f"{row}/{what}/{dtype}"] = Comparison(build, TARGETS["attention"][dtype], share=0.25)
+    rows["VAE-64x64-to-512x512/decode/float32"] = Comparison(decode_row, TARGETS["decode"]["float32"])
+    if options.threads > 1:
+        rows["demo/second-thread"] = Figure(figures.second_thread, "at least", 1.85, "x")
+        rows["demo/busy-core"] = Figure(figures.busy_core, "at most", 2.2, "x")
+    for name in ("S", "SD3"):
+        for what in ("forward", "step"):
+            share = functools.partial(lambda size, what, seconds, least: figures.share_of_rate(size, what, seconds), SIZES[name], what)
+            rows[f"{name}/share-of-product-rate/{what}"] = Figure(share, "at least", 0.85, "%")
+    rows["demo/memory"] = Figure(lambda seconds, least: figures.peak_memory(__file__, options.threads), "at most", 0.5, "of PyTorch's")
+    rows["one-picture"] = Figure(figures.one_picture, "at most", 0.015, "s")
+    rows["import"] = Figure(lambda seconds, least: figures.import_time(2 * least), "at most", 0.15, "s")
+    rows["wheel-without-model"] = Figure(lambda seconds, least: figures.wheel_size(), "at most", 15.0, "MB")
+    for along, values in (("image tokens", TOKENS), ("depth", DEPTHS)):
+        for x in values:
+            for what in ("step", "forward"):
+                size = growing(along, x)
+                step, other = functools.partial(step_row, size), functools.partial(pass_row, size, what)
+                build = functools.partial(step if what == "step" else other, "float32")
+                growth = {"along": along, "x": x, "what": what}
+                rows[f"growth/{along.replace(' ', '-')}-{x}/{what}"] = Comparison(build, share=0.25, growth=growth)
+    return rows if options.no_compile else {**rows, **compiled}
 
 
-def set_threads(n: int) -> None:
-    import torch
-
-    ladd.set_num_threads(n)
-    torch.set_num_threads(n)
+# ---- measuring ----------------------------------------------------------------------------------------------------------
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError in what takes longer."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def peak_memory(side: str, threads: int) -> float:
-    """MB of a fresh process that trains a few steps at demo size."""
-    command = [sys.executable, __file__, "--train", side, "--threads", str(threads)]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def compare(row: Comparison, options: argparse.Namespace) -> report.Result:
+    import peer
+
+    calls, notes = row.build()
+    warm_ups = 1 if options.quick else 2
+    if "compile" in calls:
+        before, start = peer.compilations(), time.perf_counter()
+        try:
+            with at_most(options.compile_limit):
+                measure.warm_up(calls["compile"], warm_ups)
+            notes["compile"] = f"{peer.compilations() - before} graphs in {time.perf_counter() - start:.0f} s"
+        except Exception as e:  # whatever the compiler raises is a row without that side, with the reason beside it
+            del calls["compile"]
+            notes["compile"] = f"not compiled: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+    for side in calls.keys() - {"compile"}:
+        measure.warm_up(calls[side], warm_ups)
+    graphs = peer.compilations()
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times = measure.in_turns(calls, row.share * options.seconds, clock, least=1 if options.quick else 3)
+    if peer.compilations() != graphs:
+        raise RuntimeError(f"{peer.compilations() - graphs} graphs were compiled while the sides took turns")
+    sides = {side: measure.summary(values) for side, values in times.items()}
+    result: report.Result = {
+        "seconds": sides,
+        "ratio": {side: s["median"] / sides["ladd"]["median"] for side, s in sides.items() if side != "ladd"},
+        "ratio_of_fastest": {side: s["fastest"] / sides["ladd"]["fastest"] for side, s in sides.items() if side != "ladd"},
+        "target": row.target,
+        "notes": notes,
+    }
+    return {**result, "growth": row.growth} if row.growth else result
+
+
+def run(rows: dict[str, Comparison | Figure], results: report.Result, options: argparse.Namespace) -> None:
+    import peer
+
+    began = time.perf_counter()
+    for name, row in rows.items():
+        if name in results["rows"]:
+            continue
+        start = time.perf_counter()
+        try:
+            if isinstance(row, Figure):
+                value, detail = row.measure(options.seconds, 1 if options.quick else 3)
+                result = {"value": value, "unit": row.unit, "bound": row.bound, "target": row.target, "detail": detail}
+            else:
+                result = compare(row, options)
+        except ValueError as e:  # this build or processor has no such row
+            result = {"reason": str(e)}
+        results["rows"][name] = {**result, "took": round(time.perf_counter() - start, 1)}
+        print(f"{time.perf_counter() - began:5.0f} s  {report.line(name, results['rows'][name])}", flush=True)
+        write(results, options.json)
+        peer.forget_compilations()
+        gc.collect()
+
+
+def write(results: report.Result, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def train(side: str, threads: int) -> None:
-    """The child: three steps, then the peak. ladd's does not import PyTorch."""
+    """A process of the memory row: three steps at demo size, then the peak. ladd's does not import PyTorch."""
     size = SIZES["demo"]
-    inputs = size.inputs()
-    batch = [inputs[k] for k in ("latents", "context", "pooled")]
+    ladd.set_num_threads(threads)
     if side == "ladd":
-        ladd.set_num_threads(threads)
-        trainer = our_trainer(size, "float32")
+        trainer, batch = ours.trainer(size, "float32"), ours.batch(size)
         for _ in range(3):
             trainer.step(*batch)
     else:
         import peer
         import torch
 
-        set_threads(threads)
-        rival = peer.Trainer(size, our_model(size).state_dict(), compiled=False, bf16=False)
+        torch.set_num_threads(threads)
+        rival = peer.Trainer(size, ours.model(size).state_dict(), compiled=False, bf16=False)
         for _ in range(3):
-            rival.step(*map(torch.from_numpy, batch))
+            rival.step(*map(torch.from_numpy, ours.batch(size)))
     print(measure.peak_memory())
-
-
-# ---- growth -------------------------------------------------------------------------------------------------------------
-
-
-def grow(path: Path, seconds: float, clock: Clock) -> dict[str, Any]:
-    """How the time of a step and of a sampler's pass grows with image tokens (depth 2) and with depth (256 tokens); width 384, batch 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sides, depths = (16, 32, 64, 128), (1, 2, 4, 8, 16)
-    base: dict[str, Any] = {"heads": 6, "text": 77, "channels": 16, "batch": 1, "context": 768, "pooled": 768, "head_width": 64}
-    base["qk_norm"] = "rms_norm"
-    plans = {
-        "image tokens": {(side // 2) ** 2: Size(depth=2, side=side, **base) for side in sides},
-        "depth": {depth: Size(depth=depth, side=32, **base) for depth in depths},
-    }
-    results: dict[str, Any] = {}
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    colours = {"ladd": "tab:blue", "eager": "tab:orange"}
-    for axis, (along, plan) in zip(axes, plans.items(), strict=True):
-        for what, style in (("step", "-o"), ("forward", "--s")):
-            points: dict[str, list[float]] = {"ladd": [], "eager": []}
-            for x, size in plan.items():
-                times = measure.in_turns(model_row(size, what, "float32", False), seconds, clock)
-                for side, values in times.items():
-                    points[side].append(measure.summary(values)["median"])
-                print(f"{along} {x:5d} {what:8s} " + "  ".join(f"{s} {measure.si(v[-1])}" for s, v in points.items()), flush=True)
-            for side, values in points.items():
-                label = f"{'ladd' if side == 'ladd' else 'PyTorch'}, {'LADD step' if what == 'step' else 'one sampling step'}"
-                axis.loglog(list(plan), values, style, color=colours[side], label=label)
-            results[f"{along}/{what}"] = {"x": list(plan), **points}
-        axis.set_xlabel(along)
-        axis.set_ylabel("seconds")
-        axis.grid(True, which="both", alpha=0.3)
-    axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return results
-
-
-# ---- the command --------------------------------------------------------------------------------------------------------
-
-
-def run(table: dict[str, Callable[[], dict[str, Call]]], seconds: float, clock: Clock) -> dict[str, Any]:
-    print(f"{'row':46s} {'ladd':>9s} {'eager':>9s} {'compile':>9s}   eager/ladd  compile/ladd", flush=True)
-    results: dict[str, Any] = {}
-    for name, build in table.items():
-        try:
-            times = measure.in_turns(build(), seconds, clock)
-        except (NotHere, ValueError) as e:
-            print(f"{name:46s} not measured: {e}", flush=True)
-            continue
-        sides = {side: measure.summary(values) for side, values in times.items()}
-        ours = sides["ladd"]
-        ratios = {side: s["median"] / ours["median"] for side, s in sides.items() if side != "ladd"}
-        fastest = {side: s["fastest"] / ours["fastest"] for side, s in sides.items() if side != "ladd"}
-        results[name] = {"seconds": sides, "ratio": ratios, "ratio_of_fastest": fastest}
-        columns = [f"{measure.si(sides[s]['median']) if s in sides else '-':>9s}" for s in ("ladd", "eager", "compile")]
-        columns += [f"{ratios[s] if s in ratios else float('nan'):12.2f}" for s in ("eager", "compile")]
-        print(f"{name:46s} " + " ".join(columns), flush=True)
-    return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=["*"], help="names of rows, with * and ? (default: all)")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for the turns of one row (default: 20)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for the turns of one row, at least three each (default: 6)")
+    parser.add_argument("--quick", action="store_true", help="one turn each: does every row work?")
     parser.add_argument("--threads", type=int, default=ladd.get_num_threads())
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="leave the rows of torch.compile out")
+    parser.add_argument("--compile-limit", type=float, default=300.0, metavar="SECONDS", help="for the compilation of one row (default: 300)")
     parser.add_argument("--cpu-time", action="store_true", help="time of the processor, not of the clock: one thread on a busy machine")
     parser.add_argument("--json", type=Path, default=Path("out/vs_pytorch.json"))
-    parser.add_argument("--grow", type=Path, metavar="PNG", help="instead: plot how the cost grows")
+    parser.add_argument("--resume", action="store_true", help="measure only the rows that the JSON does not hold")
+    parser.add_argument("--report", action="store_true", help="print the JSON as Markdown and write --plot; nothing is measured")
+    parser.add_argument("--plot", type=Path, default=Path("out/growth.png"), help="how the cost grows, once its rows are measured")
     parser.add_argument("--train", choices=("ladd", "pytorch"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
         train(options.train, options.threads)
         return 0
-    table = {n: f for n, f in rows(not options.no_compile).items() if any(fnmatch.fnmatch(n, p) for p in options.rows)}
-    memory = any(fnmatch.fnmatch("demo/memory/float32", p) for p in options.rows)
-    if options.list:
-        print(*table, *(["demo/memory/float32"] if memory else []), sep="\n")
-        return 0
-    if not table and not memory:
-        parser.error(f"no row is called {' or '.join(options.rows)}; --list prints the names")
     if options.cpu_time and options.threads != 1:
         parser.error("--cpu-time adds up the time of all threads, also while they wait: use --threads 1")
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    if options.quick:
+        options.seconds = 0.0
+    rows = {n: r for n, r in all_rows(options).items() if any(fnmatch.fnmatchcase(n, p) for p in options.rows)}
+    if not rows:
+        parser.error(f"no row is called {' or '.join(options.rows)}; --list prints the names")
+    if options.list:
+        print(*rows, sep="\n")
+        return 0
+    if options.report:
+        results = json.loads(options.json.read_text())
+    else:
+        results = begin(options)
+        print(", ".join(f"{k} {v}" for k, v in results.items() if k != "rows"), flush=True)
+        run(rows, results, options)
+    print("\n" + report.markdown(results))
+    if all(name in results["rows"] for name in all_rows(options) if name.startswith("growth/")):
+        report.plot(results, options.plot)
+    return 0
+
+
+def begin(options: argparse.Namespace) -> report.Result:
+    """Sets both sides up. -> what describes the run, and the rows that an earlier one measured when it is resumed."""
     import torch
 
-    set_threads(options.threads)
-    results: dict[str, Any] = {
+    measure.keep_freed_memory()
+    ladd.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
+    results: report.Result = {
         "machine": measure.processor(),
         "threads": options.threads,
         "instruction_set": _core.backend_name(),
@@ -282,19 +324,12 @@ def main() -> int:
         "torch": torch.__version__,
         "ladd": ladd.__version__,
     }
-    print(", ".join(f"{k} {v}" for k, v in results.items()))
-    if options.grow:
-        results["growth"] = grow(options.grow, options.seconds / 4, clock)
-    else:
-        results["rows"] = run(table, options.seconds, clock)
-        if memory:
-            peaks = {side: peak_memory(side, options.threads) for side in ("ladd", "pytorch")}
-            results["peak_memory_mb"] = peaks
-            ratio = peaks["pytorch"] / peaks["ladd"]
-            print(f"demo/memory/float32: ladd {peaks['ladd']:.0f} MB, eager {peaks['pytorch']:.0f} MB, ratio {ratio:.2f}")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    if not options.resume or not options.json.exists():
+        return {**results, "rows": {}}
+    earlier: report.Result = json.loads(options.json.read_text())
+    if {k: v for k, v in earlier.items() if k != "rows"} != results:
+        raise SystemExit(f"{options.json} was measured elsewhere or otherwise; remove it, or choose another with --json")
+    return earlier
 
 
 if __name__ == "__main__":
