@@ -381,7 +381,8 @@ def read_settings(folder: Path, model: str | None) -> SamplerSettings:
     names = model_names(folder)
     name = names[0] if model is None else model
     if name not in names:
-        raise ValueError(f"model must be one of {', '.join(names)} in {folder}, got {name!r}")
+        without = "" if (folder / "ladd.json").exists() else ", which has no ladd.json"
+        raise ValueError(f"model must be one of {', '.join(names)} in {folder}{without}, got {name!r}")
     path = folder / "ladd.json"
     if path.exists():
         return from_dict(SamplerSettings, load_json(path)["models"][name], f"{path}: {name}")

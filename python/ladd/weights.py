@@ -6,6 +6,7 @@ reads (a file that is cut while it is open is an error, not a crash), 16- and 8-
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from .arrays import Array, as_float32
 from .config import AutoencoderKLConfig, MMDiTConfig, from_dict, load_json
+from .device import to_host
 from .files import atomic_file, write_json
 
 STEM = "diffusion_pytorch_model"
@@ -281,6 +283,14 @@ def finite_weights(name: str, value: Any) -> Array:
         bad = int(array.size - np.isfinite(array).sum())
         raise ValueError(f"weights must be finite, {name} has {bad} NaN or infinite values")
     return array
+
+
+def sha256(*arrays: Array) -> str:
+    """Hash of the bytes of arrays: the identity of weights in provenance and checks."""
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(np.ascontiguousarray(to_host(a)).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], what: str, strict: bool = True) -> None:

@@ -15,12 +15,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..files import atomic_file, write_json
+from ..weights import sha256
+
+if TYPE_CHECKING:
+    from ..models import AutoencoderKL, MMDiT
+    from ..text import WordEncoder
 
 Array = NDArray[Any]
 
@@ -40,6 +45,17 @@ class Batch:
     latents: Array  # [B,C,H,W]
     context: Array  # [B,T,J]
     pooled: Array  # [B,P]
+
+
+def identity(model: MMDiT, vae: AutoencoderKL, text: WordEncoder | None = None) -> dict[str, Any]:
+    """What latents and a run that trains on them must share: teacher, autoencoder and scaling; text encoder, where it is one of the project."""
+    shared = {
+        "teacher": sha256(model.flat),
+        "vae": sha256(vae.flat),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
+    }
+    return shared if text is None else {**shared, "text_encoder": sha256(text.flat)}
 
 
 def looks_like_noise(latents: Array) -> bool:
@@ -178,6 +194,11 @@ class LatentShards:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the arrays that every shard holds, such as latents, seed, context."""
+        return sorted(set.intersection(*(set(slices) for slices in self._slices)))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -164,14 +164,6 @@ def check_state(given: State, expected: State, what: str) -> None:
 # ---- files ------------------------------------------------------------------------------------------------------------
 
 
-def sha256(*arrays: Array) -> str:
-    """Hash of the bytes of arrays: the identity of weights in provenance and checks."""
-    digest = hashlib.sha256()
-    for a in arrays:
-        digest.update(np.ascontiguousarray(devices.to_host(a)).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 

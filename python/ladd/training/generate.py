@@ -20,7 +20,7 @@ from .. import _purposes, sampling
 from .. import config as configs
 from .. import device as devices
 from ..data import openmoji
-from ..data.shards import ShardWriter
+from ..data.shards import ShardWriter, identity
 from ..pipeline import Pipeline
 from . import common
 
@@ -64,17 +64,6 @@ class GenerateRun:
 SECTIONS: dict[str, type] = {"run": GenerateRun}
 
 
-def identity(pipe: Pipeline) -> dict[str, Any]:
-    """What latents and a run that trains on them must share: autoencoder and scaling, text encoder, teacher."""
-    return {
-        "teacher": common.sha256(pipe.model._core.flat),
-        "vae": common.sha256(pipe.vae._core.flat),
-        "scaling_factor": pipe.vae.config.scaling_factor,
-        "shift_factor": pipe.vae.config.shift_factor,
-        "text_encoder": common.sha256(pipe.text.flat),
-    }
-
-
 def run(
     config: Mapping[str, Any], *, out: str | Path, resume: bool = True, dry_run: bool = False, device: str = "cpu", dtype: str = "float32"
 ) -> Path | None:
@@ -99,7 +88,7 @@ def run(
     folder = Path(out)
     if folder.joinpath("index.json").exists() and not resume:
         raise FileExistsError(f"{folder} already holds shards; resume, or choose another folder")
-    writer = ShardWriter(folder, {**identity(pipe), **how, "size": [size, size]})
+    writer = ShardWriter(folder, {**identity(pipe.model, pipe.vae, pipe.text), **how, "size": [size, size]})
     # Other views than the teacher's training saw.
     views = openmoji.Views(seed=r.seed + (1 << 20), size=size * pipe.vae.config.spatial_factor)
     make = _sampler(pipe, r) if r.source == "teacher" else _encoder(pipe)

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,16 @@ from .. import _core, _purposes, losses
 from .. import config as configs
 from .. import device as devices
 from ..config import DiscriminatorConfig, LADDConfig, to_dict
-from ..data.shards import LatentShards, epoch_rows, looks_like_noise
-from ..models import Discriminator, MMDiT
+from ..data.shards import LatentShards, epoch_rows, identity, looks_like_noise
+from ..files import atomic_folder
+from ..models import AutoencoderKL, Discriminator, MMDiT
 from ..sampling import METHODS
+from ..weights import STEM, sha256
 from . import common
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
 
 Array = NDArray[Any]
 Metrics = dict[str, float]
@@ -384,13 +389,13 @@ class LADD:
 
     def save(self, path: str | Path) -> None:
         """Everything the next step depends on, written aside and renamed: killed at any instant, the last complete checkpoint remains."""
-        teacher = common.sha256(self.teacher._core.flat)
+        teacher = sha256(self.teacher._core.flat)
         common.save_state(Path(path), self.state(), config=to_dict(self.config), teacher=teacher)
 
     def load(self, path: str | Path) -> None:
         """Continues to the bit from what save wrote with the same teacher and configuration; on error nothing has changed."""
         state, header = common.read_state(Path(path))
-        if header.get("teacher") != common.sha256(self.teacher._core.flat):
+        if header.get("teacher") != sha256(self.teacher._core.flat):
             raise ValueError(f"{path} was saved with another teacher")
         if header.get("config") != to_dict(self.config):
             raise ValueError(f"{path} was saved with another configuration: {header.get('config')}")
@@ -443,7 +448,7 @@ class LADDRun:
 
 @dataclass(frozen=True)
 class LADDData:
-    """[data]: the pipeline folder of the teacher ("openmoji": the shipped one) and the latent shards made with it."""
+    """[data]: the folder of the teacher, a pipeline ("openmoji": the shipped one) or diffusers' own, and the latent shards made with it."""
 
     teacher: str = "openmoji"
     latents: str = "out/openmoji/latents"
@@ -464,29 +469,71 @@ def default_discriminator(teacher: MMDiT, settings: Mapping[str, Any]) -> Discri
 
 
 def _noise_of(shards: LatentShards, rows: Array, shape: tuple[int, ...]) -> Array:
+    """What the latents were sampled from; where no seeds are stored, noise of their rows' numbers, for pictures to look at."""
     from ..sampling import noise
 
-    return noise((len(rows), *shape), [int(seed) for seed in shards.rows("seed", rows)])
+    seeds = shards.rows("seed", rows) if "seed" in shards.arrays else rows
+    return noise((len(rows), *shape), [int(seed) for seed in seeds])
+
+
+@dataclass
+class Source:
+    """What a run starts from. A diffusers folder has neither a text encoder of this project nor settings: its shards hold encoded text."""
+
+    teacher: MMDiT
+    vae: AutoencoderKL
+    pipeline: Pipeline | None
+
+    @classmethod
+    def open(cls, path: str, device: str, dtype: str) -> Source:
+        from ..pipeline import Pipeline, pipeline_folder
+
+        folder = pipeline_folder(path)
+        if folder.is_dir() and not (folder / "ladd.json").is_file():
+            teacher = MMDiT.from_pretrained(folder, device=device, dtype=dtype)
+            return cls(teacher, AutoencoderKL.from_pretrained(folder, device=device, dtype=dtype), None)
+        pipe = Pipeline.from_pretrained(path, model="teacher", device=device, dtype=dtype)
+        return cls(pipe.model, pipe.vae, pipe)
+
+    def pictures(self, latents: Array) -> Array:
+        """[B,3,H,W] on the host; a few at a time, for large ones take much memory."""
+        return np.concatenate([devices.to_host(self.vae.decode(latents[i : i + 4])) for i in range(0, len(latents), 4)])
+
+    def save(self, student: MMDiT, out: Path, settings: LADDRun) -> Path:
+        """The student as it was found: a pipeline folder `pipeline` with its teacher, or a diffusers folder `transformer`."""
+        from ..pipeline import SamplerSettings, save_pipeline
+
+        if self.pipeline is None:
+            with atomic_folder(out / "transformer", ("config.json", f"{STEM}.safetensors")) as folder:
+                student.save_pretrained(folder)
+            return out / "transformer"
+        how = {
+            "student": SamplerSettings(folder="student", steps=settings.sampling_steps, method=settings.sampling_method),
+            "teacher": dataclasses.replace(self.pipeline.settings, folder="teacher"),
+        }
+        save_pipeline(out / "pipeline", {"student": student, "teacher": self.teacher}, self.vae, self.pipeline.text, how)
+        return out / "pipeline"
 
 
 def run(
     config: Mapping[str, Any], *, out: str | Path, resume: bool = False, dry_run: bool = False, device: str = "cpu", dtype: str = "float32"
 ) -> Path | None:
-    """Distils the teacher of a pipeline folder from latent shards; sections [data], [ladd], [discriminator], [run].
+    """Distils the teacher of a pipeline or diffusers folder from latent shards; sections [data], [ladd], [discriminator], [run].
 
-    Returns the pipeline folder `pipeline` whose student is the averaged one, or None after a dry run, which prints sizes and the memory plan.
+    Returns the folder with the averaged student (Source.save), or None after a dry run, which prints sizes and the memory plan.
     """
-    from ..pipeline import Pipeline, SamplerSettings, save_pipeline
-    from .generate import identity
-
     parts = common.sections(config, SECTIONS)
     settings: LADDRun = parts["run"]
     ladd_config: LADDConfig = parts["ladd"]
-    pipe = Pipeline.from_pretrained(parts["data"].teacher, model="teacher", device=device, dtype=dtype)
-    teacher = pipe.model
-    shards = LatentShards(parts["data"].latents, pipe.text)
-    origin = identity(pipe)
+    source = Source.open(parts["data"].teacher, device, dtype)
+    teacher, text = source.teacher, source.pipeline.text if source.pipeline else None
+    shards = LatentShards(parts["data"].latents, text)
+    origin = identity(teacher, source.vae, text)
     shards.check(**origin)
+    if source.pipeline is None:
+        common.warn_unused(config, "run", ("sampling_steps", "sampling_method"), "a diffusers folder does not keep them")
+    if ladd_config.pair_weight and "seed" not in shards.arrays:
+        raise ValueError(f"ladd.pair_weight needs the seeds of the latents' noise, but {shards.folder} has no array 'seed'")
     if ladd_config.pair_weight and shards.provenance.get("source") == "drawings":
         raise ValueError(f"ladd.pair_weight needs latents sampled from known noise, but {shards.folder} holds encoded drawings")
     shape = shards.latent_shape
@@ -496,7 +543,7 @@ def run(
     _warn_unused(config, ladd_config, heads.config)
     if dry_run:
         at_once = min(settings.batch, ladd_config.micro_batch or settings.batch)
-        tokens = pipe.text.max_words
+        tokens = shards.batch(np.arange(1)).context.shape[1]
         kept = student.plan(at_once, shape[1], shape[2], tokens, keep=True) + teacher.plan(
             at_once, shape[1], shape[2], tokens, taps=heads.config.taps, keep=True, params=False
         )
@@ -513,7 +560,7 @@ def run(
     book.restore(trainer)
     z = shards.batch(np.arange(min(1024, len(shards)))).latents
     common.tqdm_write(f"real latents: {len(shards)} from {shards.folder}, mean {z.mean():.3f}, deviation {z.std():.3f}")
-    common.save_grid(book.out / "samples" / "real.png", devices.to_host(pipe.vae.decode(z[:32])), columns=8)
+    common.save_grid(book.out / "samples" / "real.png", source.pictures(z[:32]), columns=8)
     preview: Array = np.arange(min(32, len(shards)))
     watch = Watch(len(shards), settings.batch)
     for step in book:
@@ -524,17 +571,12 @@ def run(
         metrics = trainer.step(batch.latents, batch.context, batch.pooled, noise=noise, rate_scale=scale)
         watch(step, metrics)
         if book.due(step, settings.sample_every):
-            _save_preview(book, step, trainer, shards, preview, shape, pipe)
+            _save_preview(book, step, trainer, shards, preview, shape, source)
         book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
         book.checkpoint(step, trainer)
-    if common.sha256(teacher._core.flat) != origin["teacher"]:
+    if sha256(teacher._core.flat) != origin["teacher"]:
         raise RuntimeError("the teacher's weights changed during the run; nothing was saved from it")
-    how = {
-        "student": SamplerSettings(folder="student", steps=settings.sampling_steps, method=settings.sampling_method),
-        "teacher": dataclasses.replace(pipe.settings, folder="teacher"),
-    }
-    save_pipeline(book.out / "pipeline", {"student": trainer.ema_student(), "teacher": teacher}, pipe.vae, pipe.text, how)
-    return book.out / "pipeline"
+    return source.save(trainer.ema_student(), book.out, settings)
 
 
 def _warn_unused(config: Mapping[str, Any], c: LADDConfig, d: DiscriminatorConfig) -> None:
@@ -552,10 +594,10 @@ def _warn_unused(config: Mapping[str, Any], c: LADDConfig, d: DiscriminatorConfi
 
 
 def _save_preview(
-    book: common.Run, step: int, trainer: LADD, shards: LatentShards, rows: Array, shape: tuple[int, int, int], pipe: Any
+    book: common.Run, step: int, trainer: LADD, shards: LatentShards, rows: Array, shape: tuple[int, int, int], source: Source
 ) -> None:
     """One step of the averaged student for the first rows' prompts, from the rows' own noise."""
     batch = shards.batch(rows)
     start = _noise_of(shards, rows, shape)
     v = devices.to_host(trainer.ema_student()(start, 1.0, batch.context, batch.pooled))
-    common.save_grid(book.out / "samples" / f"step-{step:08d}.png", devices.to_host(pipe.vae.decode(start - v)), columns=8)
+    common.save_grid(book.out / "samples" / f"step-{step:08d}.png", source.pictures(start - v), columns=8)

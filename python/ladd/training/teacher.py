@@ -26,6 +26,7 @@ from ..files import atomic_file
 from ..models import AutoencoderKL, MMDiT
 from ..pipeline import SamplerSettings, save_pipeline
 from ..text import EMPTY, PADDING, WordEncoder, build_vocabulary
+from ..weights import sha256
 from . import common
 
 Array = NDArray[Any]
@@ -168,7 +169,7 @@ def encode_views(vae: AutoencoderKL, views: openmoji.Views, count: int, batch: i
 
 def latent_bank(vae: AutoencoderKL, data: TeacherData, seed: int, size: int) -> tuple[Array, list[str]]:
     """encode_views, kept in the cache folder under a hash of the autoencoder and of all captions."""
-    key = hashlib.sha256((common.sha256(vae._core.flat) + "\n".join(openmoji.captions())).encode()).hexdigest()[:16]
+    key = hashlib.sha256((sha256(vae._core.flat) + "\n".join(openmoji.captions())).encode()).hexdigest()[:16]
     path = openmoji.cache_folder() / f"latents-{key}-{seed}-{data.views}-{size}.npz"
     if path.exists():
         with np.load(path) as stored:
