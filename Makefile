@@ -66,10 +66,11 @@ bench: $(PEERS)/bench.done  ## time ladd beside PyTorch with diffusers' model, i
 demo: $(VENV)/demo.done  ## distil a fresh student from the shipped teacher and write out/demo/report.html
 	$(BIN)/ladd demo
 
-lint: $(VENV)/dev.done  ## ruff, mypy, clang-format, warnings of the C compiler
+lint: $(VENV)/dev.done  ## ruff, mypy, stubs against the built module, clang-format, warnings of the C compiler
 	$(BIN)/ruff check $(PY_FILES)
 	$(BIN)/ruff format --check $(PY_FILES)
 	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest --ignore-disjoint-bases ladd._core
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	rm -rf build/werror
 	CFLAGS=-Werror $(PIP) install --no-build-isolation --no-deps --target build/werror .

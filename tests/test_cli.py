@@ -211,7 +211,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
 
 
 def test_import_is_quick() -> None:
-    code = "import time; t = time.perf_counter(); import ladd; print(time.perf_counter() - t)"
+    code = "import time; t = time.process_time(); import ladd; print(time.process_time() - t)"  # not the clock: other work may run beside
     assert min(float(run_python("-c", code).stdout) for _ in range(3)) < 0.15
 
 

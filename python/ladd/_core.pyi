@@ -16,14 +16,14 @@ noticed between the layers of a model: the objects stay usable, but an interrupt
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, NoReturn, Self, TypeAlias, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[np.float32]
-Samples: TypeAlias = NDArray[np.int64]
-Stream: TypeAlias = tuple[Array, Array, Array]
+_Array: TypeAlias = NDArray[np.float32]
+_Samples: TypeAlias = NDArray[np.int64]
+_Stream: TypeAlias = tuple[_Array, _Array, _Array]
 
 # ---- settings --------------------------------------------------------------------------------------------------------------------------------
 
@@ -42,9 +42,10 @@ def openblas_config() -> str: ...
 
 # ---- devices ---------------------------------------------------------------------------------------------------------------------------------
 
+@final
 class Device:
     """One device of the extension whose capsule is given. `str(device)` is "cuda:0". ladd.device.get() keeps one object a device."""
-    def __init__(self, provider: Any, index: int) -> None: ...
+    def __new__(cls, provider: Any, index: int) -> Self: ...
     def info(self) -> dict[str, Any]:
         """name, architectures (what the kernels were compiled for), capability (90 is 9.0), driver, runtime, memory_free, memory_total (bytes)."""
     def wait(self) -> None:
@@ -67,9 +68,12 @@ class Device:
     def stream(self) -> int:
         """The handle of the CUDA stream in use."""
 
+@final
 class DeviceArray:
     """A dense array on a device. It computes nothing: torch, cupy and jax take it by DLPack without a copy."""
-    def numpy(self) -> Array:
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: .numpy() says that it copies and waits."""
+    def numpy(self) -> _Array:
         """A float32 copy on the host; waits for the work that makes it."""
     def copy(self) -> DeviceArray: ...
     def astype(self, dtype: str, /) -> DeviceArray:
@@ -104,29 +108,30 @@ class Model:
     """What all models share. Not to be made directly."""
     def init(self, seed: int) -> None:
         """The standard initialisation; the same seed gives the same weights everywhere."""
-    def tensors(self) -> dict[str, Array]:
+    def tensors(self) -> dict[str, _Array]:
         """Every parameter and buffer by its diffusers name: writable views, which keep the model alive."""
-    def gradients(self) -> dict[str, Array]:
+    def gradients(self) -> dict[str, _Array]:
         """The gradient of every trainable parameter: writable views. Zero on first use; backward adds to them."""
     def trainable_names(self) -> list[str]: ...
     @property
     def config(self) -> dict[str, Any]: ...
     @property
-    def flat(self) -> Array:
+    def flat(self) -> _Array:
         """All elements of all tensors, 1-D, trainable ones first: a view."""
     @property
-    def flat_trainable(self) -> Array:
+    def flat_trainable(self) -> _Array:
         """The trainable elements, 1-D: a view."""
     @property
-    def flat_grad(self) -> Array:
+    def flat_grad(self) -> _Array:
         """Their gradients in the same order, 1-D: a view."""
 
+@final
 class MMDiT(Model):
     """config: sample_size, patch_size, in_channels, out_channels, num_layers, num_attention_heads, attention_head_dim, joint_attention_dim,
     caption_projection_dim, pooled_projection_dim, pos_embed_max_size (int), qk_norm (None | "rms_norm"), dual_attention_layers (sequence of int).
     Keys may be missing (diffusers' defaults; out_channels None = in_channels); unknown keys are a ValueError. Weights are zero until init() or until
     they are written; the position table is computed."""
-    def __init__(self, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> None: ...
+    def __new__(cls, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> Self: ...
     def plan(
         self,
         batch: int,
@@ -142,65 +147,76 @@ class MMDiT(Model):
     @overload
     def forward(
         self,
-        latents: Array,
-        sigma: Array,
-        context: Array,
-        pooled: Array,
+        latents: _Array,
+        sigma: _Array,
+        context: _Array,
+        pooled: _Array,
         skip_layers: Sequence[int] = (),
         taps: None = None,
         keep: bool = False,
         params: bool = True,
-    ) -> tuple[Array, MMDiTSaved | None]:
+    ) -> tuple[_Array, MMDiTSaved | None]:
         """latents[B,C,H,W], sigma[B], context[B,T,J], pooled[B,P] -> velocity[B,C_out,h*p,w*p]; with taps a list of features[B,N,D], one a tap,
         ascending, and nothing deeper than the last tap is computed. keep: also return what backward needs; with
         params False of a backward that asks for neither parameters nor pooled, which is less."""
     @overload
     def forward(
         self,
-        latents: Array,
-        sigma: Array,
-        context: Array,
-        pooled: Array,
+        latents: _Array,
+        sigma: _Array,
+        context: _Array,
+        pooled: _Array,
         skip_layers: Sequence[int] = (),
         *,
         taps: Sequence[int],
         keep: bool = False,
         params: bool = True,
-    ) -> tuple[list[Array], MMDiTSaved | None]: ...
+    ) -> tuple[list[_Array], MMDiTSaved | None]: ...
 
+@final
 class MMDiTSaved:
     def backward(
-        self, cotangent: Array | Sequence[Array], params: bool = True, latents: bool = True, context: bool = True, pooled: bool = True
-    ) -> tuple[Array | None, Array | None, Array | None]:
+        self, cotangent: _Array | Sequence[_Array], params: bool = True, latents: bool = True, context: bool = True, pooled: bool = True
+    ) -> tuple[_Array | None, _Array | None, _Array | None]:
         """cotangent: shaped as forward's result. -> dlatents, dcontext, dpooled (None where not asked for); with params the parameter gradients are
         added to model.gradients(). Once: it reuses the saved memory, and a second call is a RuntimeError."""
 
+@final
 class AutoencoderKL(Model):
     """config: in_channels, out_channels, latent_channels, block_out_channels (sequence of int), layers_per_block, norm_num_groups, use_quant_conv,
     use_post_quant_conv, mid_block_add_attention. Also accepted and checked, as only one value is built: act_fn ("silu"), down_block_types (all
     "DownEncoderBlock2D"), up_block_types (all "UpDecoderBlock2D"). Keys may be missing (diffusers' defaults); unknown keys are a ValueError."""
-    def __init__(self, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> None: ...
-    def encode(self, images: Array, keep: bool = False) -> tuple[Array, AutoencoderKLSaved | None]:
+    def __new__(cls, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> Self: ...
+    def encode(self, images: _Array, keep: bool = False) -> tuple[_Array, AutoencoderKLSaved | None]:
         """images[B,Cin,H,W] -> moments[B,2C,H/f,W/f] = mean and log variance (not clamped)."""
-    def decode(self, z: Array, keep: bool = False) -> tuple[Array, AutoencoderKLSaved | None]:
+    def decode(self, z: _Array, keep: bool = False) -> tuple[_Array, AutoencoderKLSaved | None]:
         """z[B,C,H,W] (unscaled) -> images[B,Cout,H*f,W*f]."""
 
+@final
 class AutoencoderKLSaved:
-    def backward(self, dout: Array, params: bool = True, input: bool = True) -> Array | None:
+    def backward(self, dout: _Array, params: bool = True, input: bool = True) -> _Array | None:
         """-> dinput. Once, as for MMDiTSaved."""
 
+@final
 class Discriminator(Model):
     """config: feature_dim, taps (sequence of int), pooled_dim, width, kernel_size, norm ("group" | "none"), num_groups, spectral_norm (bool),
     condition_sigma (bool), condition_pooled (bool), condition_dim. All are required."""
-    def __init__(self, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> None: ...
+    def __new__(cls, config: Mapping[str, Any], device: Device | None = None, dtype: str = "float32") -> Self: ...
     def forward(
-        self, features: Sequence[Array], sigma: Array, pooled: Array | None, grid: tuple[int, int], update_u: bool = False, keep: bool = False
-    ) -> tuple[list[Array], DiscriminatorSaved | None]:
+        self,
+        features: Sequence[_Array],
+        sigma: _Array,
+        pooled: _Array | None,
+        grid: tuple[int, int],
+        update_u: bool = False,
+        keep: bool = False,
+    ) -> tuple[list[_Array], DiscriminatorSaved | None]:
         """features: one [B,h*w,D] a tap; sigma[B]; pooled[B,P], None only if the heads do not use it -> logits, one [B,h,w] a tap.
         update_u: one power iteration on each spectral norm first."""
 
+@final
 class DiscriminatorSaved:
-    def backward(self, dlogits: Sequence[Array], params: bool = True, features: bool = True) -> list[Array] | None:
+    def backward(self, dlogits: Sequence[_Array], params: bool = True, features: bool = True) -> list[_Array] | None:
         """-> dfeatures. May be called more than once."""
 
     def r1(self, weight: float, epsilon: float) -> float:
@@ -208,59 +224,61 @@ class DiscriminatorSaved:
 
 # ---- kernels: random numbers and diffusion -------------------------------------------------------------------------------------------------------
 
-def normal(shape: Sequence[int], seed: int, purpose: int, step: int = 0, samples: Samples | None = None, *, out: Array | None = None) -> Array:
+def normal(
+    shape: Sequence[int], seed: int, purpose: int, step: int = 0, samples: _Samples | None = None, *, out: _Array | None = None
+) -> _Array:
     """Standard normal numbers of Philox keyed by (seed, purpose, step); row b is drawn for sample samples[b] (default 0, 1, ...)."""
 
 @overload
 def renoise(
-    x0: Array,
-    t: Array,
+    x0: _Array,
+    t: _Array,
     seed: int,
     purpose: int,
     step: int = 0,
-    samples: Samples | None = None,
+    samples: _Samples | None = None,
     return_noise: Literal[False] = False,
     *,
-    out: Array | None = None,
-) -> Array:
+    out: _Array | None = None,
+) -> _Array:
     """x0[B,...], t[B] -> (1 - t) x0 + t e, e as normal() draws it. In place allowed."""
 
 @overload
 def renoise(
-    x0: Array,
-    t: Array,
+    x0: _Array,
+    t: _Array,
     seed: int,
     purpose: int,
     step: int = 0,
-    samples: Samples | None = None,
+    samples: _Samples | None = None,
     *,
     return_noise: Literal[True],
-    out: Array | None = None,
-) -> tuple[Array, Array]: ...
-def interpolate(x0: Array, noise: Array, t: Array, *, out: Array | None = None) -> Array:
+    out: _Array | None = None,
+) -> tuple[_Array, _Array]: ...
+def interpolate(x0: _Array, noise: _Array, t: _Array, *, out: _Array | None = None) -> _Array:
     """(1 - t) x0 + t noise for t[B]. In place allowed."""
 
-def predict_x0(x: Array, v: Array, t: Array, *, out: Array | None = None) -> Array:
+def predict_x0(x: _Array, v: _Array, t: _Array, *, out: _Array | None = None) -> _Array:
     """x - t v for t[B]. In place allowed."""
 
-def row_scale(x: Array, factor: Array, *, out: Array | None = None) -> Array:
+def row_scale(x: _Array, factor: _Array, *, out: _Array | None = None) -> _Array:
     """factor x for factor[B]. In place allowed."""
 
-def euler_step(x: Array, v: Array, sigma: float, sigma_next: float, *, out: Array | None = None) -> Array:
+def euler_step(x: _Array, v: _Array, sigma: float, sigma_next: float, *, out: _Array | None = None) -> _Array:
     """x + (sigma_next - sigma) v. In place allowed."""
 
 def adversarial_loss(
-    logits: Array, loss: Literal["hinge", "logistic", "lsgan", "bce"], role: Literal["real", "fake", "generator"], weight: float = 1.0
-) -> tuple[float, Array]:
+    logits: _Array, loss: Literal["hinge", "logistic", "lsgan", "bce"], role: Literal["real", "fake", "generator"], weight: float = 1.0
+) -> tuple[float, _Array]:
     """-> mean loss over all logits, dlogits = the gradient of that mean times weight."""
 
 # ---- kernels: flat buffers -----------------------------------------------------------------------------------------------------------------------
 
 def adamw(
-    p: Array,
-    m: Array | None,
-    v: Array,
-    g: Array,
+    p: _Array,
+    m: _Array | None,
+    v: _Array,
+    g: _Array,
     lr: float,
     beta1: float,
     beta2: float,
@@ -271,133 +289,138 @@ def adamw(
 ) -> None:
     """One step on p, m, v in place, 1-D; m may be None where beta1 is 0. g is multiplied by grad_scale first; step counts from 1."""
 
-def sum_squares(x: Array) -> float: ...
-def ema(e: Array, p: Array, decay: float) -> None:
+def sum_squares(x: _Array) -> float: ...
+def ema(e: _Array, p: _Array, decay: float) -> None:
     """e = decay e + (1 - decay) p, in place."""
 
-def zero(y: Array) -> None: ...
-def copy(x: Array, *, out: Array | None = None) -> Array: ...
-def add(a: Array, b: Array, *, out: Array | None = None) -> Array:
+def zero(y: _Array) -> None: ...
+def copy(x: _Array, *, out: _Array | None = None) -> _Array: ...
+def add(a: _Array, b: _Array, *, out: _Array | None = None) -> _Array:
     """In place allowed."""
 
-def axpy(y: Array, x: Array, alpha: float) -> None:
+def axpy(y: _Array, x: _Array, alpha: float) -> None:
     """y += alpha x, in place."""
 
-def scale(x: Array, alpha: float, *, out: Array | None = None) -> Array:
+def scale(x: _Array, alpha: float, *, out: _Array | None = None) -> _Array:
     """In place allowed."""
 
 # ---- kernels: layers -----------------------------------------------------------------------------------------------------------------------------
 
-def attention_forward(streams: Sequence[Stream], scale: float | None = None, dtype: str | None = None) -> tuple[list[Array], Array]:
+def attention_forward(streams: Sequence[_Stream], scale: float | None = None, dtype: str | None = None) -> tuple[list[_Array], _Array]:
     """Joint attention over one or two streams of (q, k, v), each [B,n,heads,dh]; tokens attend over all streams. scale: default 1/sqrt(dh).
     -> one o[B,n,heads,dh] a stream, lse[B,heads,S]. q, k, v may be slices of one packed array: of a stream they share strides, and the last two axes
     are contiguous. dtype "bfloat16": products in it, on the CPU."""
 
 def attention_backward(
-    douts: Sequence[Array], streams: Sequence[Stream], outs: Sequence[Array], lse: Array, scale: float | None = None, dtype: str | None = None
-) -> list[Stream]:
+    douts: Sequence[_Array],
+    streams: Sequence[_Stream],
+    outs: Sequence[_Array],
+    lse: _Array,
+    scale: float | None = None,
+    dtype: str | None = None,
+) -> list[_Stream]:
     """-> (dq, dk, dv), each [B,n,heads,dh], one triple a stream."""
 
 def layer_norm_modulate_forward(
-    x: Array, shift: Array | None, scale: Array | None, eps: float = 1e-6, *, out: Array | None = None
-) -> tuple[Array, Array, Array]:
+    x: _Array, shift: _Array | None, scale: _Array | None, eps: float = 1e-6, *, out: _Array | None = None
+) -> tuple[_Array, _Array, _Array]:
     """x[B,N,D], shift[B,D], scale[B,D] (both or neither) -> y = norm(x) (1 + scale) + shift, mean[B,N], rstd[B,N]."""
 
 def layer_norm_modulate_backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, scale: Array | None
-) -> tuple[Array, Array | None, Array | None]:
+    dy: _Array, x: _Array, mean: _Array, rstd: _Array, scale: _Array | None
+) -> tuple[_Array, _Array | None, _Array | None]:
     """-> dx, dshift, dscale."""
 
-def gate_residual_forward(x: Array, y: Array, gate: Array, *, out: Array | None = None) -> Array:
+def gate_residual_forward(x: _Array, y: _Array, gate: _Array, *, out: _Array | None = None) -> _Array:
     """x[B,N,D] + gate[B,D] y[B,N,D]. In place on x allowed."""
 
-def gate_residual_backward(dout: Array, y: Array, gate: Array) -> tuple[Array, Array]:
+def gate_residual_backward(dout: _Array, y: _Array, gate: _Array) -> tuple[_Array, _Array]:
     """-> dy, dgate (dx is dout)."""
 
-def rms_norm_heads_forward(x: Array, w: Array, eps: float = 1e-6, *, out: Array | None = None) -> tuple[Array, Array]:
+def rms_norm_heads_forward(x: _Array, w: _Array, eps: float = 1e-6, *, out: _Array | None = None) -> tuple[_Array, _Array]:
     """x[R,heads,dh], w[dh] -> y, rstd[R,heads]."""
 
-def rms_norm_heads_backward(dy: Array, x: Array, rstd: Array, w: Array) -> tuple[Array, Array]:
+def rms_norm_heads_backward(dy: _Array, x: _Array, rstd: _Array, w: _Array) -> tuple[_Array, _Array]:
     """-> dx, dw."""
 
-def linear_forward(x: Array, w: Array, bias: Array | None = None, *, out: Array | None = None) -> Array:
+def linear_forward(x: _Array, w: _Array, bias: _Array | None = None, *, out: _Array | None = None) -> _Array:
     """x[M,K] w[N,K]^T + bias[N]."""
 
 def linear_backward(
-    dy: Array, x: Array, w: Array, *, input: bool = True, weight: bool = True, bias: bool = True
-) -> tuple[Array | None, Array | None, Array | None]:
+    dy: _Array, x: _Array, w: _Array, *, input: bool = True, weight: bool = True, bias: bool = True
+) -> tuple[_Array | None, _Array | None, _Array | None]:
     """-> dx, dw, dbias (None where not asked for)."""
 
-def linear_gelu_forward(x: Array, w: Array, bias: Array | None = None, *, out: Array | None = None) -> tuple[Array, Array]:
+def linear_gelu_forward(x: _Array, w: _Array, bias: _Array | None = None, *, out: _Array | None = None) -> tuple[_Array, _Array]:
     """-> y = gelu(h), h = x w^T + bias. Backward: gelu_backward(dy, h), then linear_backward."""
 
-def gelu_forward(x: Array, *, out: Array | None = None) -> Array: ...
-def gelu_backward(dy: Array, x: Array, *, out: Array | None = None) -> Array:
+def gelu_forward(x: _Array, *, out: _Array | None = None) -> _Array: ...
+def gelu_backward(dy: _Array, x: _Array, *, out: _Array | None = None) -> _Array:
     """In place on dy allowed; so in the other activations."""
 
-def silu_forward(x: Array, *, out: Array | None = None) -> Array: ...
-def silu_backward(dy: Array, x: Array, *, out: Array | None = None) -> Array: ...
-def leaky_relu_forward(x: Array, slope: float = 0.2, *, out: Array | None = None) -> Array: ...
-def leaky_relu_backward(dy: Array, x: Array, slope: float = 0.2, *, out: Array | None = None) -> Array: ...
+def silu_forward(x: _Array, *, out: _Array | None = None) -> _Array: ...
+def silu_backward(dy: _Array, x: _Array, *, out: _Array | None = None) -> _Array: ...
+def leaky_relu_forward(x: _Array, slope: float = 0.2, *, out: _Array | None = None) -> _Array: ...
+def leaky_relu_backward(dy: _Array, x: _Array, slope: float = 0.2, *, out: _Array | None = None) -> _Array: ...
 def conv2d_forward(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: _Array,
+    w: _Array,
+    bias: _Array | None = None,
     stride: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     *,
-    out: Array | None = None,
-) -> Array:
+    out: _Array | None = None,
+) -> _Array:
     """x[B,Cin,H,W], w[Cout,Cin,kh,kw], bias[Cout], padding (top, left, bottom, right) -> y[B,Cout,Ho,Wo]."""
 
 def conv2d_backward(
-    dy: Array,
-    x: Array,
-    w: Array,
+    dy: _Array,
+    x: _Array,
+    w: _Array,
     stride: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     *,
     input: bool = True,
     weight: bool = True,
     bias: bool = True,
-) -> tuple[Array | None, Array | None, Array | None]:
+) -> tuple[_Array | None, _Array | None, _Array | None]:
     """-> dx, dw, dbias (None where not asked for)."""
 
 def group_norm_forward(
-    x: Array, gamma: Array, beta: Array, groups: int, eps: float = 1e-6, silu: bool = False, *, out: Array | None = None
-) -> tuple[Array, Array, Array]:
+    x: _Array, gamma: _Array, beta: _Array, groups: int, eps: float = 1e-6, silu: bool = False, *, out: _Array | None = None
+) -> tuple[_Array, _Array, _Array]:
     """x[B,C,L], gamma[C], beta[C] -> y, mean[B,G], rstd[B,G]; silu: followed by SiLU."""
 
 def group_norm_backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array, beta: Array, silu: bool = False
-) -> tuple[Array, Array, Array]:
+    dy: _Array, x: _Array, mean: _Array, rstd: _Array, gamma: _Array, beta: _Array, silu: bool = False
+) -> tuple[_Array, _Array, _Array]:
     """-> dx, dgamma, dbeta."""
 
-def upsample2x_forward(x: Array, *, out: Array | None = None) -> Array:
+def upsample2x_forward(x: _Array, *, out: _Array | None = None) -> _Array:
     """x[B,C,H,W] -> y[B,C,2H,2W], nearest."""
 
-def upsample2x_backward(dy: Array, *, out: Array | None = None) -> Array: ...
-def spectral_norm_forward(w: Array, u: Array, iterations: int = 1) -> tuple[Array, Array, float]:
+def upsample2x_backward(dy: _Array, *, out: _Array | None = None) -> _Array: ...
+def spectral_norm_forward(w: _Array, u: _Array, iterations: int = 1) -> tuple[_Array, _Array, float]:
     """w[R,K], u[R] (updated in place by the power iterations) -> w / sigma, v[K], sigma."""
 
-def spectral_norm_backward(dw_hat: Array, w_hat: Array, u: Array, v: Array, sigma: float) -> Array: ...
-def channel_dot_forward(x: Array, e: Array, bias: Array, *, out: Array | None = None) -> Array:
+def spectral_norm_backward(dw_hat: _Array, w_hat: _Array, u: _Array, v: _Array, sigma: float) -> _Array: ...
+def channel_dot_forward(x: _Array, e: _Array, bias: _Array, *, out: _Array | None = None) -> _Array:
     """x[B,C,L], e[B,C], bias[1] -> y[B,L] = sum of e x over the channels, plus bias."""
 
-def channel_dot_backward(dy: Array, x: Array, e: Array) -> tuple[Array, Array, Array]:
+def channel_dot_backward(dy: _Array, x: _Array, e: _Array) -> tuple[_Array, _Array, _Array]:
     """-> dx, de, dbias."""
 
-def transpose(x: Array, *, out: Array | None = None) -> Array:
+def transpose(x: _Array, *, out: _Array | None = None) -> _Array:
     """x[B,R,Q] -> [B,Q,R]."""
 
-def patch_gather(image: Array, patch_size: int, channel_last: bool = False) -> Array:
+def patch_gather(image: _Array, patch_size: int, channel_last: bool = False) -> _Array:
     """image[B,C,H,W] -> tokens[B,h*w,C*p*p]; a token's numbers are in the order (channel, dy, dx), or (dy, dx, channel) with channel_last."""
 
-def patch_scatter(tokens: Array, channels: int, height: int, width: int, patch_size: int, channel_last: bool = False) -> Array:
+def patch_scatter(tokens: _Array, channels: int, height: int, width: int, patch_size: int, channel_last: bool = False) -> _Array:
     """tokens[B,h*w,C*p*p] -> image[B,C,H,W]; zeros where no patch covers it."""
 
-def add_position(x: Array, table: Array, grid: tuple[int, int]) -> None:
+def add_position(x: _Array, table: _Array, grid: tuple[int, int]) -> None:
     """x[B,h*w,D] += the centre h by w of table[max,max,D], in place."""
 
-def timestep_features(sigma: Array, dim: int, *, out: Array | None = None) -> Array:
+def timestep_features(sigma: _Array, dim: int, *, out: _Array | None = None) -> _Array:
     """sigma[B] -> [B,dim], the sinusoidal features of 1000 sigma."""
