@@ -100,11 +100,8 @@ sanitize: $(VENV)/test.done  ## the C tests, then the binding's, under the addre
 	    $(BIN)/python -m pytest -p no:cacheprovider tests/test_binding.py tests/test_binding_threads.py tests/test_kernels_bad_input.py -k "not leaks"
 
 # No network and no environment of its own: numpy, scipy-openblas32, setuptools, safetensors, pillow, tqdm and pytest are in $(PYTHON)'s, torch may be.
-GPU_ARCH = sm_$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
-gpu:  ## on a machine with an NVIDIA GPU: build for it, test on it, and write out/gpu/cuda.json and cuda.md
-	LADD_CUDA=1 LADD_CUDA_ARCHS=$${LADD_CUDA_ARCHS:-$(GPU_ARCH)} $(PYTHON) setup.py -q build_ext --inplace
-	LADD_TEST_GPU=1 PYTHONPATH=python $(PYTHON) -m pytest -q tests/test_cuda_device.py tests/test_cuda_kernels.py tests/test_cuda_models.py
-	PYTHONPATH=python $(PYTHON) benchmarks/cuda.py --out out/gpu
+gpu:  ## on a machine with an NVIDIA GPU, in 8 minutes: build for it, test on it, and write out/gpu/cuda.json and cuda.md
+	@$(PYTHON) benchmarks/gpu.py --out out/gpu
 
 cuda: $(VENV)/build.done  ## compile cuda/ with nvcc and read registers, spills and instructions (no GPU needed)
 	$(PIP) install nvidia-cublas nvidia-cudnn-cu13 nvidia-cudnn-frontend nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm

@@ -1,9 +1,10 @@
 """What can be known of the CUDA kernels without a GPU: registers, stack, spills, shared memory and occupancy of each, whether its global
-accesses are 128 bits wide and the matrix instructions are there; and the time below which no kernel can be on an H100, from the bytes and
-operations it must do.
+accesses are 128 bits wide and the matrix instructions are there; the bytes it must move and the operations it must do at SD3.5-medium's sizes
+(cuda_work.py), and the time on an H100 below which it cannot be.
 
     python benchmarks/cuda_static.py python/ladd/_cuda*.so      # an extension built with LADD_CUDA=1, or objects under build/cuda-*
-    python benchmarks/cuda_static.py --floors                   # the second table alone: needs no tools
+    python benchmarks/cuda_static.py --main FILE ...            # only what bfloat16 takes where pointers lie on 16 bytes
+    python benchmarks/cuda_static.py --floors                   # floors by function: needs no tools
 
 Needs cuobjdump and nvdisasm in PATH (CUDA toolkit, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Exit status 1 if a kernel
 spills or has a local array, with its name.
@@ -16,8 +17,10 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+
+from cuda_work import Work, works
 
 # Of one multiprocessor (CUDA programming guide, technical specifications by compute capability).
 SHARED = {"80": 164 << 10, "86": 100 << 10, "89": 100 << 10, "90": 228 << 10, "100": 228 << 10, "120": 100 << 10}
@@ -108,85 +111,78 @@ def demangled(names: list[str]) -> dict[str, str]:
     return dict(zip(names, short))
 
 
-def print_kernels(paths: list[str]) -> int:
-    found = [kernel for path in paths for kernel in kernels(path)]
+def is_main(name: str, names: Collection[str]) -> bool:
+    """Whether bfloat16 takes this instance where pointers lie on 16 bytes: no float16, no float32 twin, no narrower twin of a wider one."""
+    if "__half" in name or "plain" in name or "_fma_" in name:
+        return False
+    if name.replace("float", "__nv_bfloat16") != name and name.replace("float", "__nv_bfloat16") in names:
+        return False
+    twins = (re.sub(r"(?<=[<, ])1(?=[,>])", wide, name) for wide in "248")
+    return not any(twin != name and twin in names for twin in twins)
+
+
+def serves(name: str) -> Work | None:
+    """The first work that the kernel does."""
+    return next((work for work in works() for word in work.kernels.split() if word in re.split(r"\W+", name)), None)
+
+
+def floor(work: Work) -> tuple[float, str]:
+    """Seconds below which it cannot be on an H100, and what bounds it."""
+    memory, compute = work.moved / PEAK_BYTES, work.operations / PEAK_FLOPS
+    return max(memory, compute), "memory" if memory > compute else "products"
+
+
+def work_cells(work: Work | None) -> str:
+    if work is None:
+        return " | | | |"
+    seconds, bound = floor(work)
+    return f" {work.name}, {work.size} | {work.moved / 1e6:.3g} | {work.operations / 1e9:.3g} | {1e6 * seconds:.3g} us, {bound} |"
+
+
+def print_kernels(paths: list[str], only_main: bool, arch: str | None) -> int:
+    found = [kernel for path in paths for kernel in kernels(path) if arch in (None, kernel.arch)]
     if not found:
-        raise SystemExit(f"no kernels in {', '.join(paths)}")
+        raise SystemExit(f"no kernels{f' of {arch}' if arch else ''} in {', '.join(paths)}")
     words = demangled(sorted({kernel.name for kernel in found}))
-    print("| kernel | arch | threads | registers | stack | spills | shared | occupancy | 128-bit global | narrower | matrix |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    names = set(words.values())
+    machine = "threads | registers | stack | spills | shared | occupancy | 128-bit global | narrower | matrix"
+    print(f"| kernel | arch | {machine} | does | MB | GFLOP | floor |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|")
     bad = []
     for k in sorted(found, key=lambda k: (words[k.name], k.arch)):
         wide, narrow = count(k, r"(LDG|STG|LDGSTS)\S*\.128"), count(k, r"(LDG|STG|LDGSTS)(?!\S*\.128)")
         spills = count(k, r"(LDL|STL)")
-        if spills or k.local:
-            bad.append(f"{words[k.name]} ({k.arch}): {spills} local accesses, {k.local} bytes of local memory")
+        if spills or k.local or k.stack:
+            bad.append(f"{words[k.name]} ({k.arch}): {spills} local accesses, {k.local} bytes of local memory, {k.stack} of stack")
+        if only_main and not is_main(words[k.name], names):
+            continue
         print(
             f"| `{words[k.name]}` | {k.arch} | {k.threads or '-'} | {k.registers} | {k.stack} | {spills} | {k.shared} "
-            f"| {100 * k.occupancy:.0f} % | {wide} | {narrow} | {count(k, r'(HMMA|HGMMA|WGMMA)') or ''} |"
+            f"| {100 * k.occupancy:.0f} % | {wide} | {narrow} | {count(k, r'(HMMA|HGMMA|WGMMA)') or ''} |{work_cells(serves(words[k.name]))}"
         )
     for line in bad:
         print(line, file=sys.stderr)
     return 1 if bad else 0
 
 
-# ---- floors ------------------------------------------------------------------------------------------------------------------------------
-
-# SD3.5-medium at 1024 x 1024, one picture, bfloat16: N image tokens, T text tokens, D width, heads of dh.
-N, T, D, HEADS, DH, E = 4096, 333, 1536, 24, 64, 2
-S = N + T
-
-
-def floors() -> list[tuple[str, str, float, float]]:
-    """(kernel, at what size, bytes it must move, operations it must do): each input read once, each result written once."""
-    tokens = N * D * E
-    rows = [
-        ("linear_forward", f"qkv [{N},{D}] -> {3 * D}", tokens + 3 * D * D * E + 3 * tokens, 2.0 * N * D * 3 * D),
-        ("linear_gelu_forward", f"[{N},{D}] -> {4 * D}", tokens + 4 * D * D * E + 2 * 4 * tokens, 2.0 * N * D * 4 * D),
-        ("linear_backward", f"dx, dw of [{4 * D},{D}]", 4 * tokens + 2 * tokens + 4 * D * D * (E + 2 * 4), 4.0 * N * D * 4 * D),
-        ("attention_forward", f"{S} tokens, {HEADS} heads of {DH}", 4 * S * D * E + S * HEADS * 4, 4.0 * S * S * D),
-        ("attention_backward", f"{S} tokens, {HEADS} heads of {DH}", 8 * S * D * E + S * HEADS * 4, 10.0 * S * S * D),
-        ("layer_norm_modulate_forward", f"[{N},{D}]", 2 * tokens, 8.0 * N * D),
-        ("layer_norm_modulate_backward", f"[{N},{D}]", 4 * tokens, 14.0 * N * D),
-        ("gate_residual_forward", f"[{N},{D}]", 3 * tokens, 2.0 * N * D),
-        ("gate_residual_backward", f"[{N},{D}]", 3 * tokens, 3.0 * N * D),
-        ("rms_norm_heads_forward", f"q of [{N},{D}]", 2 * tokens, 4.0 * N * D),
-        ("rms_norm_heads_backward", f"q of [{N},{D}]", 3 * tokens, 9.0 * N * D),
-        ("gelu_backward", f"[{N},{4 * D}]", 3 * 4 * tokens, 20.0 * N * 4 * D),
-        ("silu_forward, add, axpy, scale", f"[{N},{D}]", 3 * tokens, 2.0 * N * D),
-        ("patch_gather, patch_scatter", "[1,16,128,128], 2 x 2", 2 * 16 * 128 * 128 * E, 0.0),
-        ("renoise", "[1,16,128,128]", 2 * 16 * 128 * 128 * E, 40.0 * 16 * 128 * 128),
-        ("conv2d_forward", "heads: 9 x 9, [1,64,64,64]", 2 * 64 * 64 * 64 * E + 64 * 64 * 81 * E, 2.0 * 64 * 64 * 64 * 64 * 81),
-        ("conv2d_backward", "heads: 9 x 9, [1,64,64,64]", 3 * 64 * 64 * 64 * E + 64 * 64 * 81 * (E + 8), 4.0 * 64 * 64 * 64 * 64 * 81),
-        ("conv2d_forward", "decoder: 3 x 3, [1,128,1024,1024]", 2 * 128 * 1024**2 * E, 2.0 * 1024**2 * 128 * 128 * 9),
-        ("group_norm_forward", "decoder: [1,128,1024,1024]", 2 * 128 * 1024**2 * E, 8.0 * 128 * 1024**2),
-        ("adamw", "2.24e9 parameters", 28 * 2.24e9, 12.0 * 2.24e9),
-        ("sum_squares", "2.24e9 gradients", 4 * 2.24e9, 2.0 * 2.24e9),
-        ("ema", "2.24e9 parameters", 12 * 2.24e9, 3.0 * 2.24e9),
-        ("masters to bfloat16", "2.24e9 parameters", 6 * 2.24e9, 0.0),
-    ]  # fmt: skip
-    return [(name, size, float(moved), operations) for name, size, moved, operations in rows]
-
-
 def print_floors() -> None:
     print(f"SD3.5-medium at 1024 x 1024, one picture, bfloat16; H100 SXM: {PEAK_FLOPS / 1e12:.0f} TFLOP/s, {PEAK_BYTES / 1e12:.2f} TB/s\n")
     print("| kernel | size | MB moved | GFLOP | floor | bound by |\n|---|---|--:|--:|--:|---|")
-    for name, size, moved, operations in floors():
-        memory, compute = moved / PEAK_BYTES, operations / PEAK_FLOPS
-        print(
-            f"| {name} | {size} | {moved / 1e6:.3g} | {operations / 1e9:.3g} | {1e6 * max(memory, compute):.3g} us "
-            f"| {'memory' if memory > compute else 'products'} |"
-        )
+    for work in works():
+        seconds, bound = floor(work)
+        print(f"| {work.name} | {work.size} | {work.moved / 1e6:.3g} | {work.operations / 1e9:.3g} | {1e6 * seconds:.3g} us | {bound} |")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="an extension or objects with kernels")
+    parser.add_argument("--main", action="store_true", help="only the instances that bfloat16 takes where pointers lie on 16 bytes")
+    parser.add_argument("--arch", help="only this architecture, such as sm_90a")
     parser.add_argument("--floors", action="store_true", help="print the table of floors")
     given = parser.parse_args()
     if not given.files and not given.floors:
         parser.error("a file with kernels, or --floors, expected")
-    status = print_kernels(given.files) if given.files else 0
+    status = print_kernels(given.files, given.main, given.arch) if given.files else 0
     if given.floors:
         print_floors()
     return status

@@ -5,11 +5,14 @@ Written from the equations of docs/architecture.md, with the same shapes and the
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cuda_work import TEXT
 from torch import Tensor, nn
 
 
@@ -102,80 +105,128 @@ class Head(nn.Module):
         return torch.einsum("bchw,bc->bhw", r, e)
 
 
-def place(tiny: bool) -> str:
-    return "cpu" if tiny else "cuda"
+# ---- timing ------------------------------------------------------------------------------------------------------------------------------
+
+BY = (("torch.compile", True), ("torch eager", False))
 
 
-def waiter(tiny: bool) -> Callable[[], None]:
-    return (lambda: None) if tiny else torch.cuda.synchronize
+def place(bench: Any) -> str:
+    return "cpu" if bench.tiny else "cuda"
 
 
-def arrays(config: Any, side: int, text: int, dtype: str, where: str) -> list[Tensor]:
-    kind = getattr(torch, dtype)
+def waiter(bench: Any) -> Callable[[], None]:
+    return (lambda: None) if bench.tiny else torch.cuda.synchronize
+
+
+def compiled(model: Transformer | Head) -> Callable[..., Any]:
+    """The parts that repeat are compiled, once each, as PyTorch's regional compilation advises: the whole of 24 blocks takes minutes. A head is
+    a part."""
+    if isinstance(model, Head):
+        model.compile()
+    else:
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+def memory(bench: Any, what: str, size: str, by: str) -> None:
+    """The most that PyTorch has asked CUDA for since its last row of memory."""
+    if not bench.tiny:
+        bench.note(what, size, by, MiB=torch.cuda.max_memory_reserved() / 2**20)
+
+
+def freed(bench: Any) -> None:
+    """What went before is given back, compiled code included, so that neither side works in the other's memory."""
+    torch.compiler.reset()
+    gc.collect()
+    if not bench.tiny:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def arrays(bench: Any, config: Any, side: int) -> list[Tensor]:
+    kind, text = getattr(torch, bench.dtype), 5 if bench.tiny else TEXT
     shapes = ((1, config.in_channels, side, side), (1, 256), (1, text, config.joint_attention_dim), (1, config.pooled_projection_dim))
-    return [torch.randn(shape, device=where, dtype=kind) for shape in shapes]
+    return [torch.randn(shape, device=place(bench), dtype=kind) for shape in shapes]
 
 
-def forward(bench: Any, module: Any, config: Any, side: int, text: int, dtype: str, size: str, flops: float) -> None:
-    where, tokens = place(bench.tiny), (side // config.patch_size) ** 2
-    try:
-        with module.device(where):
-            model = Transformer(config, tokens).to(getattr(module, dtype)).requires_grad_(False)
-    except module.OutOfMemoryError as error:
-        bench.rows.append({"what": "forward", "size": size, "by": "torch", "skipped": str(error).splitlines()[0]})
-        return
-    given = arrays(config, side, text, dtype, where)
-    for by, run in (("torch eager", model), ("torch.compile", module.compile(model))):
-        bench.add("forward", size, lambda r=run: r(*given), by=by, wait=waiter(bench.tiny), flops=flops)  # type: ignore[misc]
+def sample(model: Callable[..., Any], shape: torch.Size, given: list[Tensor], steps: int) -> Tensor:
+    """To the data and back to less noise, `steps` times: ladd.sample's method "renoise"."""
+    x = torch.randn(shape, device=given[0].device, dtype=given[0].dtype)
+    for i in range(steps):
+        sigma, after = 1 - i / steps, 1 - (i + 1) / steps
+        x = x - sigma * model(x, *given[1:])
+        if after:
+            x = (1 - after) * x + after * torch.randn_like(x)
+    return x
 
 
-def ladd_step(bench: Any, module: Any, config: Any, heads: Any, side: int, text: int, dtype: str, size: str) -> None:
+def forwards(bench: Any, name: str, config: Any, sides: tuple[int, ...]) -> None:
+    """Forward and sampling, as benchmarks/cuda.py's ladd side."""
+    for by, is_compiled in BY:
+        for side in sides:
+            freed(bench)
+            size = f"{name}, {8 * side} x {8 * side}"
+            with torch.device(place(bench)), torch.inference_mode():
+                model = Transformer(config, (side // config.patch_size) ** 2).to(getattr(torch, bench.dtype)).requires_grad_(False)
+                run, given = compiled(model) if is_compiled else model, arrays(bench, config, side)
+                bench.add("forward", size, lambda r=run, g=given: r(*g), by=by, wait=waiter(bench))  # type: ignore[misc]
+                for steps in (1, 4):
+                    work = functools.partial(sample, run, given[0].shape, given, steps)
+                    bench.add(f"sample, {steps} step{'s' * (steps > 1)}", size, work, by=by, wait=waiter(bench))
+            memory(bench, "memory of forward and sampling", size, by)
+            del model, run, given, work
+    freed(bench)
+
+
+def ladd_step(bench: Any, size: str, config: Any, heads: Any, side: int) -> None:
     """The step of six forwards: heads on fake and real features, then the student through the teacher; autocast over float32 weights."""
-    where, tokens = place(bench.tiny), (side // config.patch_size) ** 2
-    kind = getattr(module, dtype)
-    try:
-        with module.device(where):
-            student, teacher = Transformer(config, tokens), Transformer(config, tokens).to(kind).requires_grad_(False)
-            judges = nn.ModuleList(
-                Head(config.inner_dim, heads.width, heads.num_groups, heads.kernel_size, config.pooled_projection_dim, heads.condition_dim)
-                for _ in heads.taps
-            )
-        average = [p.detach().clone() for p in student.parameters()]
-        optimizers = [module.optim.AdamW(m.parameters(), fused=not bench.tiny) for m in (judges, student)]
-    except module.OutOfMemoryError as error:
-        bench.rows.append({"what": "LADD step", "size": size, "by": "torch", "skipped": str(error).splitlines()[0]})
-        return
-    z, f, y, p = arrays(config, side, text, dtype, where)
+    for by, is_compiled in BY:
+        freed(bench)
+        bench.add("LADD step", size, trainer(bench, config, heads, side, is_compiled), by=by, wait=waiter(bench))
+        memory(bench, "memory of the LADD step", size, by)
+    freed(bench)
 
-    def build(compiled: bool) -> Callable[[], None]:
-        run_student, run_teacher = (module.compile(m) if compiled else m for m in (student, teacher))
-        run_judge = [module.compile(j) if compiled else j for j in judges]
 
-        def logits(features: list[Tensor]) -> list[Tensor]:
-            return [judge(x, f, p) for judge, x in zip(run_judge, features)]
+def trainer(bench: Any, config: Any, heads: Any, side: int, is_compiled: bool) -> Callable[[], None]:
+    """Models, optimizers and the call of one step."""
+    where, tokens, kind = place(bench), (side // config.patch_size) ** 2, getattr(torch, bench.dtype)
+    with torch.device(where):
+        student, teacher = Transformer(config, tokens), Transformer(config, tokens).to(kind).requires_grad_(False)
+        judges = nn.ModuleList(
+            Head(config.inner_dim, heads.width, heads.num_groups, heads.kernel_size, config.pooled_projection_dim, heads.condition_dim)
+            for _ in heads.taps
+        )
+    average = [p.detach().clone() for p in student.parameters()]
+    optimizers = [torch.optim.AdamW(m.parameters(), fused=True) for m in (judges, student)]
+    z, f, y, p = arrays(bench, config, side)
+    if is_compiled:
+        for model in (student, teacher, *judges):
+            compiled(model)
 
-        def step() -> None:
-            with module.autocast(where, kind):
-                noise = module.randn_like(z)
-                fake = run_teacher(0.5 * (z - run_student(z, f, y, p)) + 0.5 * noise, f, y, p, True)
-                with module.no_grad():
-                    real = run_teacher(0.5 * z + 0.5 * noise, f, y, p, True)
-                loss = sum(F.relu(1 - x).mean() for x in logits(real)) + sum(F.relu(1 + x).mean() for x in logits([x.detach() for x in fake]))
-            loss.backward()  # type: ignore[union-attr]
-            nn.utils.clip_grad_norm_(judges.parameters(), 1.0)
-            optimizers[0].step()
-            judges.requires_grad_(False)
-            with module.autocast(where, kind):
-                loss = -sum(x.mean() for x in logits(fake))
-            loss.backward()  # type: ignore[union-attr]
-            judges.requires_grad_(True)
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizers[1].step()
-            module._foreach_lerp_(average, list(student.parameters()), 0.01)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+    def logits(features: list[Tensor]) -> list[Tensor]:
+        return [judge(x, f, p) for judge, x in zip(judges, features)]
 
-        return step
+    def step() -> None:
+        with torch.autocast(where, kind, enabled=kind != torch.float32):
+            noise = torch.randn_like(z)
+            fake = teacher(0.5 * (z - student(z, f, y, p)) + 0.5 * noise, f, y, p, True)
+            with torch.no_grad():
+                real = teacher(0.5 * z + 0.5 * noise, f, y, p, True)
+            loss = sum(F.relu(1 - x).mean() for x in logits(real)) + sum(F.relu(1 + x).mean() for x in logits([x.detach() for x in fake]))
+        loss.backward()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(judges.parameters(), 1.0)
+        optimizers[0].step()
+        judges.requires_grad_(False)
+        with torch.autocast(where, kind, enabled=kind != torch.float32):
+            loss = -sum(x.mean() for x in logits(fake))
+        loss.backward()  # type: ignore[union-attr]
+        judges.requires_grad_(True)
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizers[1].step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(student.parameters()), 0.01)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
 
-    for by, compiled in (("torch eager", False), ("torch.compile", True)):
-        bench.add("LADD step", size, build(compiled), by=by, wait=waiter(bench.tiny))
+    return step

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import files
+
 Rule = tuple[str, int, bool, int, int, bool]  # dtype, head_dim, backward, least and most tokens, cudnn
 NAME = "attention.json"
 MOST_TOKENS = 2**31 - 1
@@ -69,6 +71,11 @@ def rules(device: str, capability: int) -> list[Rule]:
         rows += read(path)
     if "LADD_ATTENTION_TABLE" not in os.environ:
         rows += read(Path(__file__).parent / NAME)
+    return rules_of(rows, device, capability)
+
+
+def rules_of(rows: Sequence[dict[str, Any]], device: str, capability: int) -> list[Rule]:
+    """The rows for a device as `Device.set_attention` takes them."""
     fitting = [row for row in rows if row["device"] == device]
     fitting += [row for row in rows if row["device"] != device and row["capability"] == capability]
     return [(r["dtype"], r["head_dim"], r["pass"] == "backward", *r["tokens"], r["engine"] == "cudnn") for r in fitting]
@@ -95,6 +102,4 @@ def write(path: Path, rows: Sequence[dict[str, Any]], device: str) -> None:
     """`rows` in the place of what the table at `path` says about `device`; other devices' rows stay."""
     kept = [row for row in read(path) if row["device"] != device] if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps({"rows": [*kept, *rows]}, indent=1) + "\n")
-    aside.replace(path)
+    files.write_json(path, {"rows": [*kept, *rows]})
