@@ -200,7 +200,9 @@ def compare(row: Comparison, options: argparse.Namespace) -> report.Result:
             notes["compile"] = f"{peer.compilations() - before} graphs in {time.perf_counter() - start:.0f} s"
         except Exception as e:  # whatever the compiler raises is a row without that side, with the reason beside it
             del calls["compile"]
-            notes["compile"] = f"not compiled: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+            late = time.perf_counter() - start > options.compile_limit
+            why = f"within {options.compile_limit:.0f} s" if late else f"for {type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+            notes["compile"] = f"not compiled {why}"
     for side in calls.keys() - {"compile"}:
         measure.warm_up(calls[side], warm_ups)
     graphs = peer.compilations()
@@ -276,7 +278,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one turn each: does every row work?")
     parser.add_argument("--threads", type=int, default=ladd.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="leave the rows of torch.compile out")
-    parser.add_argument("--compile-limit", type=float, default=300.0, metavar="SECONDS", help="for the compilation of one row (default: 300)")
+    parser.add_argument("--compile-limit", type=float, default=400.0, metavar="SECONDS", help="for the compilation of one row (default: 400)")
     parser.add_argument("--cpu-time", action="store_true", help="time of the processor, not of the clock: one thread on a busy machine")
     parser.add_argument("--json", type=Path, default=Path("out/vs_pytorch.json"))
     parser.add_argument("--resume", action="store_true", help="measure only the rows that the JSON does not hold")
