@@ -500,7 +500,7 @@ def test_shapes_that_do_not_fit_are_refused(kernel: str, name: str) -> None:
     if len(arrays(call)) > 1 and (kernel, name) not in PUBLIC_FREE_LAST:
         wrong.append(np.concatenate([good, good], axis=-1))
     for value in wrong:
-        with pytest.raises(ValueError, match=r"expected|must have"):
+        with pytest.raises(ValueError, match=r"expected|have shape"):
             function(**{**call, name: value})
 
 
@@ -527,6 +527,9 @@ def test_results_are_new_and_inputs_are_left_alone() -> None:
         ("conv2d_forward", {"padding": 1.5}, TypeError, "padding: expected a sequence of integers, got float"),
         ("renoise_forward", {"samples": [0.5, 1.5]}, TypeError, "samples must be integers, got dtype float64"),
         ("renoise_forward", {"seed": -3}, ValueError, "seed: expected an integer from 0"),
+        ("renoise_forward", {"t": 1.5}, ValueError, r"t must be in \[0, 1\], got \[1.5, 1.5\]"),
+        ("renoise_backward", {"t": [0.5, math.nan]}, ValueError, r"t must be in \[0, 1\], got \[0.5, nan\]"),
+        ("spectral_norm_backward", {"sigma": 0.0}, ValueError, "sigma must be a finite number above 0, got 0.0"),
         ("adversarial_loss", {"role": "judge"}, ValueError, "role: expected"),
         ("adversarial_loss", {"logits": []}, ValueError, "logits: expected sizes from 1"),
     ],
@@ -559,3 +562,5 @@ def test_public_adamw_writes_in_place_or_refuses() -> None:
     ):
         with pytest.raises(error, match=message):
             kernels.adamw(**{**buffers(), name: bad}, lr=0.1, step=1)
+    with pytest.raises(ValueError, match=r"betas must be two numbers, got \(0.9, 0.99, 0.5\)"):
+        kernels.adamw(**buffers(), lr=0.1, step=1, betas=(0.9, 0.99, 0.5))  # type: ignore[arg-type]

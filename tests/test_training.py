@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tqdm.auto
 
 import ladd
 from ladd import _core, _purposes
@@ -393,6 +394,26 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(tmp_path: Path) -> None:
     assert [(line["step"], line["value"]) for line in lines] == [(n, float(n)) for n in range(1, 11)]
     assert [p.name for p in common.checkpoints(tmp_path)] == ["step-00000008", "step-00000010"]
     assert not (tmp_path / ".step-00000008.tmp").exists()
+
+
+def test_the_bar_shows_what_was_asked_for_and_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+
+    class Bar(tqdm.auto.tqdm):  # type: ignore[type-arg]
+        def set_postfix(self, values: Any, refresh: bool = True) -> None:
+            shown.append(values)
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    settings = distillation.LADDRun(steps=2, batch=50)
+    book, model = common.Run(tmp_path, {"run": settings}, settings, resume=False, shown=("loss_d", "logit_gap")), Counter()
+    book.restore(model)
+    for step in book:
+        time.sleep(0.05)
+        book.log(step, {"loss_d": 2.0, "loss_g": 1.0, "logit_gap": 0.125})
+    assert [list(values) for values in shown] == [["loss_d", "logit_gap", "samples/s"]] * 2
+    assert shown[0]["logit_gap"] == "0.125" and 0 < float(shown[1]["samples/s"]) <= 1000
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    assert line["samples_per_second"] == pytest.approx(50 / line["seconds"], rel=1e-2) and line["loss_g"] == 1.0
 
 
 @pytest.mark.parametrize("presses", [1, 2])

@@ -319,6 +319,11 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+def test_a_state_that_is_no_table() -> None:
+    with pytest.raises(TypeError, match="state must map names to arrays, got list"):
+        random_model(VARIANTS["sd35_medium"]).load_state_dict([1.0])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", BAD_STATES)
 def test_a_bad_state_changes_nothing(name: str) -> None:
     change, message = BAD_STATES[name]

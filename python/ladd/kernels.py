@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ladd import _core
-from ladd.arrays import Array, as_float32
+from ladd.arrays import Array, as_float32, per_sample
 
 __all__ = [
     "adamw",
@@ -195,6 +195,8 @@ def spectral_norm_backward(dw_hat: Any, w_hat: Any, u: Any, v: Any, sigma: float
     constants."""
     dw_hat, w_hat = as_float32(dw_hat, "dw_hat"), as_float32(w_hat, "w_hat")
     _same("dw_hat", dw_hat.shape, w_hat.shape)
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be a finite number above 0, got {sigma!r}")
     dw = _core.spectral_norm_backward(_matrix(dw_hat), _matrix(w_hat), as_float32(u, "u"), as_float32(v, "v"), sigma)
     return dw.reshape(w_hat.shape)
 
@@ -297,7 +299,7 @@ def normal(shape: Sequence[int], *, seed: int, purpose: int = 0, step: int = 0, 
 
 def renoise_forward(x0: Any, t: Any, *, seed: int, purpose: int = 0, step: int = 0, samples: ArrayLike | None = None) -> tuple[Array, Array]:
     """x_t = (1 - t) x0 + t e with e from `normal`, in one pass (rectified flow: arXiv 2403.03206, section 2; its use on the
-    student's output: LADD, arXiv 2403.12015, section 3.1). x0 [B,...]; t [B] or a number. Returns x_t and e, both of x0's
+    student's output: LADD, arXiv 2403.12015, section 3.1). x0 [B,...]; t [B] or a number, in [0, 1]. Returns x_t and e, both of x0's
     shape."""
     x0 = as_float32(x0, "x0")
     return _core.renoise(x0, _per_row(t, "t", x0), seed, purpose, step, _samples(samples), return_noise=True)
@@ -329,6 +331,8 @@ def adamw(
     g = as_float32(g, "g")
     for name, array in {**written, "g": g}.items():
         _same(name, array.shape, written["p"].shape)
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
     flat = {name: a.reshape(-1) for name, a in written.items()}
     _core.adamw(flat["p"], flat.get("m"), flat["v"], g.reshape(-1), lr, betas[0], betas[1], eps, weight_decay, step, grad_scale)
 
@@ -399,8 +403,7 @@ def _samples(samples: ArrayLike | None) -> NDArray[np.int64] | None:
 def _per_row(value: Any, name: str, like: Array) -> Array:
     if like.ndim == 0:
         raise ValueError("expected an array of shape [B, ...], got a single number")
-    array = as_float32(value, name)
-    return np.full(like.shape[0], array, dtype=np.float32) if array.ndim == 0 else array
+    return per_sample(value, name, like.shape[0])
 
 
 def _shared(value: Any, name: str) -> Array:

@@ -80,6 +80,8 @@ class _Model(abc.ABC, Generic[C]):
 
         strict: missing and unexpected names are errors too; otherwise they are passed over.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must map names to arrays, got {type(state).__name__}")
         tensors = self._core.tensors()
         given = {n: v if isinstance(v, TensorRef) else as_float32(v, n) for n, v in state.items() if strict or n in tensors}
         check_names(

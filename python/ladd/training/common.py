@@ -384,20 +384,17 @@ class Run:
             self._bar.total = self.steps
             tqdm_write(f"{seconds:.3f} s a step: {self.steps} steps fit into {self.settings.max_minutes:g} minutes")
 
-    @property
-    def seconds(self) -> float:
-        """Since the last logged step."""
-        return time.perf_counter() - self._last
-
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the chosen ones beside the bar."""
+        """One line of metrics.jsonl, and the chosen ones and the speed beside the bar."""
         now = time.perf_counter()
-        line = {"step": step, **metrics, "seconds": round(now - self._last, 4)}
-        self._last = now
+        seconds, self._last = now - self._last, now
+        speed = self.settings.batch / max(seconds, 1e-9)
+        line = {"step": step, **metrics, "samples_per_second": round(speed, 4), "seconds": round(seconds, 4)}
         self._metrics.write(json.dumps(line) + "\n")
         if step % 20 == 0:
             self._metrics.flush()
-        self._bar.set_postfix({k: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}, refresh=False)
+        shown = {k: f"{metrics[k]:.3g}" for k in self.shown if k in metrics}
+        self._bar.set_postfix({**shown, "samples/s": f"{speed:.3g}"}, refresh=False)
 
     def due(self, step: int, every: int) -> bool:
         """Whether something done `every` so many steps (0: never) is due, as it always is at the end."""

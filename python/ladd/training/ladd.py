@@ -572,7 +572,7 @@ def run(
         watch(step, metrics)
         if book.due(step, settings.sample_every):
             _save_preview(book, step, trainer, shards, preview, shape, source)
-        book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
+        book.log(step, metrics)
         book.checkpoint(step, trainer)
     if sha256(teacher._core.flat) != origin["teacher"]:
         raise RuntimeError("the teacher's weights changed during the run; nothing was saved from it")

@@ -257,7 +257,7 @@ def run(
                 images = devices.to_host(vae.decode(guided_samples(model, text, GRID_PROMPTS * 2)))
                 metrics |= {f"loss_{name}": trainer.validation_loss(*judge) for name, judge in judged.items()}
             common.save_grid(book.out / "samples" / f"step-{step:08d}.png", images, columns=len(GRID_PROMPTS))
-        book.log(step, {**metrics, "samples_per_second": settings.batch / book.seconds})
+        book.log(step, metrics)
         book.checkpoint(step, trainer)
     with trainer.ema.applied():
         how = SamplerSettings(folder="teacher", steps=50, guidance_scale=settings.guidance_scale)
