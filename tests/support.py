@@ -114,6 +114,8 @@ MMDIT_CASES: dict[str, tuple[dict[str, Any], int, int, int, int, tuple[int, ...]
         (),
     ),
     "one_token": (mmdit_config(num_layers=1), 2, 3, 1, 1, ()),
+    # What the released models do not combine: a second attention without norms, in the last block too, behind a skipped block.
+    "dual_no_norm": (mmdit_config(num_layers=3, dual_attention_layers=(1, 2), in_channels=33, out_channels=16), 5, 10, 6, 2, (0,)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +81,31 @@ def test_latents_of_the_finished_autoencoder_have_mean_0_and_deviation_1(tmp_pat
     folder = autoencoder.finish(model, views, run, tmp_path / "vae")
     latents = ladd.AutoencoderKL.from_pretrained(folder).encode(views.batch(50, 96)[0], sample=True, seed=list(range(96)))
     assert abs(float(latents.mean())) < 0.05 and abs(float(latents.std()) - 1) < 0.05
+
+
+def test_a_broken_bank_of_latents_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openmoji, "cache_folder", lambda: tmp_path)
+    made: list[int] = []
+
+    def encode(vae: Any, views: Any, count: int) -> tuple[Array, list[str]]:
+        made.append(count)
+        return np.full((count, 4, 2, 2), 0.5, np.float16), ["red cat"] * count
+
+    monkeypatch.setattr(teacher, "encode_views", encode)
+    model, data = ladd.AutoencoderKL(support.vae_config()), teacher.TeacherData(views=6)
+
+    def bank() -> int:
+        latents, texts = teacher.latent_bank(model, data, 0, 64)
+        assert latents.shape == (6, 4, 2, 2) and texts == ["red cat"] * 6
+        return len(made)
+
+    assert [bank(), bank()] == [1, 1]
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"PK", np.ones(3).tobytes()):
+        path.write_bytes(broken)
+        before = len(made)
+        assert [bank(), bank()] == [before + 1, before + 1]
 
 
 WORDS = ("cat", "dog", "red", "sky")

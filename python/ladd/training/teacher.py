@@ -6,8 +6,10 @@ encoder is trained along. Latents come from a bank of random views that the auto
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +173,11 @@ def latent_bank(vae: AutoencoderKL, data: TeacherData, seed: int, size: int) -> 
     """encode_views, kept in the cache folder under a hash of the autoencoder and of all captions."""
     key = hashlib.sha256((sha256(vae._core.flat) + "\n".join(openmoji.captions())).encode()).hexdigest()[:16]
     path = openmoji.cache_folder() / f"latents-{key}-{seed}-{data.views}-{size}.npz"
-    if path.exists():
+    with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # absent, or not what was written: encoded anew
         with np.load(path) as stored:
-            return stored["latents"], [str(text) for text in stored["texts"]]
+            latents, texts = stored["latents"], [str(text) for text in stored["texts"]]
+        if len(latents) == len(texts) == data.views and latents.dtype == np.float16 and np.isfinite(latents).all():
+            return latents, texts
     latents, texts = encode_views(vae, openmoji.Views(seed=seed, size=size), data.views)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
