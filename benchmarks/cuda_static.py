@@ -115,7 +115,8 @@ def is_main(name: str, names: Collection[str]) -> bool:
     """Whether bfloat16 takes this instance where pointers lie on 16 bytes: no float16, no float32 twin, no narrower twin of a wider one."""
     if "__half" in name or "plain" in name or "_fma_" in name:
         return False
-    if name.replace("float", "__nv_bfloat16") != name and name.replace("float", "__nv_bfloat16") in names:
+    half = name.replace("float", "__nv_bfloat16")
+    if half != name and {half, re.sub(r"(?<=[<, ])4(?=[,>])", "8", half)} & set(names):
         return False
     twins = (re.sub(r"(?<=[<, ])1(?=[,>])", wide, name) for wide in "248")
     return not any(twin != name and twin in names for twin in twins)
