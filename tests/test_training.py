@@ -396,6 +396,57 @@ def test_a_killed_run_goes_on_after_its_last_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / ".step-00000008.tmp").exists()
 
 
+RUN_HEADER: dict[str, Any] = {"config": {}, "step": 4, "steps": 0, "max_minutes": 0, "counters": {"counter": {"n": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "not a readable checkpoint: .* is not valid JSON"),
+        ("\udcff", "not a readable checkpoint: .* is not valid JSON"),
+        ("[1]", "must hold a JSON object, got list"),
+        (json.dumps({**RUN_HEADER, "counters": 3}), "counters must be a table, got 3"),
+        (json.dumps({**RUN_HEADER, "counters": {}}), "the counters of 'counter' must be integers"),
+        (json.dumps({**RUN_HEADER, "config": []}), r"not the checkpoint of a run: config is \[\]"),
+        (json.dumps({**RUN_HEADER, "config": {"run": 1}}), "its config must hold tables"),
+        (json.dumps({**RUN_HEADER, "step": "4"}), "step is '4'"),
+        (json.dumps({k: v for k, v in RUN_HEADER.items() if k != "max_minutes"}), "max_minutes is None"),
+    ],
+)
+def test_a_checkpoint_whose_header_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    settings = distillation.LADDRun(steps=10)
+    model, path = Counter(), tmp_path / "step-00000004"
+    common.save_state(path, model.state())
+    (path / "state.json").write_text(text, errors="surrogateescape")
+    book = common.Run(tmp_path, {}, settings, resume=True, shown=())
+    with pytest.raises(ValueError, match=message):
+        book.restore(model)
+    assert not model.value.any() and book.first == 1
+
+
+@pytest.mark.parametrize(
+    ("arrays", "prompts", "message"),
+    [
+        ({"extra": np.array(3.0, np.float32)}, '["a", "a"]', r"extra must have 2 rows as the index says, got shape \[\]"),
+        ({"context": np.zeros((2, 5), np.float32), "pooled": np.zeros((2, 3), np.float32)}, "[]", r"got context \[2, 5\]"),
+        ({}, '{"a": 1}', "prompts must be a list of strings, got \"{'a': 1}\""),
+        ({}, "[1, 2]", "prompts must be a list of strings"),
+        ({}, "[" * 100_000, "not a readable shard"),
+        ({"context": np.zeros((2, 4, 12), np.float32), "pooled": np.zeros((2, 12), np.float32)}, "[]", "they are of two kinds"),
+    ],
+)
+def test_shards_of_another_form(tmp_path: Path, arrays: dict[str, Array], prompts: str, message: str) -> None:
+    from safetensors.numpy import save_file
+
+    shards.ShardWriter(tmp_path, {}).write({"latents": smooth(2)}, ["a", "a"])
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"].append({"file": "other.safetensors", "count": 2})
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    save_file({"latents": smooth(2), **arrays}, tmp_path / "other.safetensors", {"prompts": prompts})
+    with pytest.raises(ValueError, match=message):
+        shards.LatentShards(tmp_path, ladd.WordEncoder(["a"], max_words=4, context_dim=12, pooled_dim=12))
+
+
 def test_the_bar_shows_what_was_asked_for_and_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, str]] = []
 

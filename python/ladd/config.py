@@ -34,7 +34,7 @@ def _int(owner: object, name: str, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{type(owner).__name__}.{name} must be an integer, got {type(value).__name__} {value!r}")
     if not low <= value <= high:
-        _fail(owner, name, f"at least {low}" if high == 2**31 - 1 else f"in [{low}, {high}]", value)
+        _fail(owner, name, f"at least {low}" if high == 2**31 - 1 and value < low else f"in [{low}, {high}]", value)
 
 
 def _float(owner: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> None:

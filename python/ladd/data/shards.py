@@ -129,7 +129,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no latent shards: index.json is missing (make them with `ladd generate`)")
     try:
         index: dict[str, Any] = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     ok = isinstance(index, dict) and index.get("format") == FORMAT and isinstance(index.get("provenance"), dict)
     if not ok or not isinstance(index.get("shards"), list) or not all(_is_shard(s) for s in index["shards"]):
@@ -168,13 +168,15 @@ class LatentShards:
                 file: Any = safe_open(path, framework="np")
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 prompts = json.loads((file.metadata() or {}).get("prompts", "[]"))
-            except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            except (SafetensorError, OSError, json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path} is not a readable shard: {error}") from None
             self._check(path, slices, prompts, entry["count"])
             found = list(slices["latents"].get_shape()[1:])
             if shape is not None and found != shape:
                 raise ValueError(f"{path}: latents must have shape {shape} as in the first shard, got {found}")
             shape = found
+            if self._slices and ("context" in slices) != ("context" in self._slices[0]):
+                raise ValueError(f"{path} must hold {'context' if prompts else 'prompts'} as the first shard does; they are of two kinds")
             self._slices.append(slices)
             self._prompts.append(prompts)
         self._ends = np.cumsum([entry["count"] for entry in index["shards"]])
@@ -183,10 +185,15 @@ class LatentShards:
         if "latents" not in slices or len(slices["latents"].get_shape()) != 4:
             raise ValueError(f"{path} must hold latents [n,C,H,W]")
         for name, part in slices.items():
-            if part.get_shape()[0] != count:
-                raise ValueError(f"{path}: {name} must have {count} rows as the index says, got {part.get_shape()[0]}")
+            shape = list(part.get_shape())
+            if shape[:1] != [count]:
+                raise ValueError(f"{path}: {name} must have {count} rows as the index says, got shape {shape}")
+            if len(shape) != {"context": 3, "pooled": 2}.get(name, len(shape)):
+                raise ValueError(f"{path}: context must have shape [n,T,J] and pooled [n,P], got {name} {shape}")
         if "context" in slices and "pooled" in slices:
             return
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"{path}: prompts must be a list of strings, got {str(prompts)[:80]!r}")
         if len(prompts) != count:
             raise ValueError(f"{path} must hold context and pooled, or {count} prompts; got {len(prompts)} prompts")
         if self.text is None:

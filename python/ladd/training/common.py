@@ -187,13 +187,16 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
     if old.exists() and not path.exists():  # killed between the two renames of files.atomic_folder
         os.rename(old, path)
     try:
-        header = json.loads((path / COUNTERS).read_text())
+        header = configs.load_json(path / COUNTERS)
         arrays = load_file(path / WEIGHTS)
-        return (arrays, header.pop("counters")), header
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is not a checkpoint: {error.filename} is missing") from None
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise FileNotFoundError(f"{path} is not a checkpoint: {error.filename or path / WEIGHTS} is missing") from None
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+    counters = header.pop("counters", None)
+    if not isinstance(counters, dict):
+        raise ValueError(f"{path} is not a readable checkpoint: counters must be a table, got {counters!r}")
+    return (arrays, counters), header
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -297,6 +300,7 @@ class Run:
             shutil.rmtree(stale, ignore_errors=True)
         if self._from is not None:
             state, header = read_state(self._from)
+            self._check_header(header)
             self._same_config(header["config"])
             check_state(state, trainer.state(), str(self._from))
             trainer.load_state(state)
@@ -306,6 +310,13 @@ class Run:
         else:
             files.write_json(self.out / "config.json", {"hash": self.hash, **self.config})
         self._open_metrics()
+
+    def _check_header(self, header: Mapping[str, Any]) -> None:
+        for key, kind in (("config", dict), ("step", int), ("steps", int), ("max_minutes", (int, float))):
+            if not isinstance(header.get(key), kind):
+                raise ValueError(f"{self._from} is not the checkpoint of a run: {key} is {header.get(key)!r}")
+        if not all(isinstance(section, dict) for section in header["config"].values()):
+            raise ValueError(f"{self._from} is not the checkpoint of a run: its config must hold tables")
 
     def _same_config(self, saved: Mapping[str, Any]) -> None:
         changed = [
