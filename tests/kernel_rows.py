@@ -278,6 +278,11 @@ def matrix_products(rows: list[Row]) -> None:
         (1, 16, 33, 17, 8, 3, 1, (1, 1, 1, 1)),
         (2, 5, 3, 3, 4, 3, 1, (0, 2, 1, 0)),
         (1, 8, 2, 1, 8, 9, 1, (4, 4, 4, 4)),
+        (2, 71, 20, 40, 35, 3, 1, (1, 1, 1, 1)),  # several passes over the channels, an odd number of them, copies of a tap's columns
+        (3, 4, 3, 530, 66, 3, 1, (1, 1, 1, 1)),  # tiles across
+        (2, 2, 70, 31, 3, 3, 3, (1, 1, 1, 1)),
+        (2, 300, 13, 12, 17, 1, 1, (0, 0, 0, 0)),
+        (5, 6, 8, 8, 7, 3, 1, (1, 1, 1, 1)),  # samples that share a tile
     )
     for b, c_in, h, w, c_out, kernel, stride, pad in convs:
 
@@ -294,6 +299,7 @@ def matrix_products(rows: list[Row]) -> None:
                 conv_backward,
                 tolerance=1e-5,
                 backward_tolerance=1e-5,
+                bf16=8e-3,
             )
         )
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import support
+import test_kernels
 from numpy.typing import NDArray
+from oracle import autodiff as ad
 from support import MMDIT_CASES, mmdit_inputs, same_bits
 from test_kernels import instruction_sets
 
@@ -41,6 +43,22 @@ def check_products() -> None:
         support.assert_close(dx, rounded(dy) @ rounded(w), bound, f"dx {m}x{n}x{k}")
         support.assert_close(dw, rounded(dy).T @ rounded(x), bound, f"dw {m}x{n}x{k}")
         support.assert_close(dbias, dy.sum(0, dtype=np.float64), bound, f"dbias {m}x{n}x{k}")
+
+
+def check_convolutions() -> None:
+    for b, c, h, w, n, kernel, stride in ((2, 5, 9, 7, 3, 3, 1), (1, 70, 34, 40, 33, 3, 1), (3, 8, 8, 8, 64, 3, 2), (2, 200, 9, 21, 40, 1, 1)):
+        pad, what = (kernel // 2,) * 4, f"{b}x{c}x{h}x{w} to {n}, kernel {kernel}, stride {stride}"
+        x, weight, bias = support.normal(5, b, c, h, w), support.normal(6, n, c, kernel, kernel), support.normal(7, n)
+        y = _core.conv2d_forward(x, weight, bias, stride, pad)
+        dy = support.normal(8, *y.shape)
+        leaves = support.leaves({"x": rounded(x), "w": rounded(weight), "bias": bias})
+        wanted = ad.conv2d(leaves["x"], leaves["w"], leaves["bias"], stride, pad)
+        wanted.backward(rounded(dy))
+        support.assert_close(y, wanted.data, 1e-5, f"y {what}")
+        dx, dw, dbias = _core.conv2d_backward(dy, x, weight, stride, pad)
+        support.assert_close(dx, leaves["x"].grad, 1e-5, f"dx {what}")
+        support.assert_close(dw, leaves["w"].grad, 1e-5, f"dw {what}")
+        support.assert_close(dbias, dy.sum((0, 2, 3), dtype=np.float64), 1e-5, f"dbias {what}")
 
 
 @needs_bf16
@@ -119,3 +137,5 @@ def test_without_the_instructions_it_is_an_error() -> None:
 
 if __name__ == "__main__":
     check_products()
+    check_convolutions()
+    test_kernels.test_one_and_two_threads_give_the_same_bits()

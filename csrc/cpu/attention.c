@@ -48,7 +48,7 @@ typedef struct attention_job {
     int chunk, chunks; /* forward: queries of a task, tasks of a head */
     int groups;        /* backward: tasks of a head */
     float scale;
-    int failed;
+    atomic_int failed; /* several tasks may set it */
 } attention_job;
 
 enum attention_what { ATTENTION_Q, ATTENTION_K, ATTENTION_V, ATTENTION_O, ATTENTION_DQ, ATTENTION_DK, ATTENTION_DV, ATTENTION_DO };
@@ -205,7 +205,7 @@ static void attention_forward_task(void *argument, int64_t task) {
     attention_forward_memory a;
     char *block = ladd_scratch(0, attention_forward_place(&a, NULL, j));
     if (!block) {
-        j->failed = 1;
+        atomic_store(&j->failed, 1);
         return;
     }
     attention_forward_place(&a, block, j);
@@ -256,7 +256,7 @@ ladd_status LADD_CPU(attention_forward)(LADD_CTX, const ladd_stream *streams, in
     job.chunk = ((job.S + job.chunks - 1) / job.chunks + GEMM_NR - 1) / GEMM_NR * GEMM_NR;
     job.chunks = (job.S + job.chunk - 1) / job.chunk;
     ladd_parallel_work((int64_t)B * heads * job.chunks, (int64_t)B * heads * job.S * job.S, attention_forward_task, &job);
-    return job.failed ? ladd_fail(LADD_ERR_MEMORY, "out of memory for a block of attention scores") : LADD_OK;
+    return atomic_load(&job.failed) ? ladd_fail(LADD_ERR_MEMORY, "out of memory for a block of attention scores") : LADD_OK;
 }
 
 /* ---- backward ------------------------------------------------------------------------------------------------------------ */
@@ -351,7 +351,7 @@ static void attention_backward_task(void *argument, int64_t task) {
     attention_backward_memory a;
     char *block = ladd_scratch(0, attention_backward_place(&a, NULL, j));
     if (!block) {
-        j->failed = 1;
+        atomic_store(&j->failed, 1);
         return;
     }
     attention_backward_place(&a, block, j);
@@ -415,6 +415,6 @@ ladd_status LADD_CPU(attention_backward)(LADD_CTX, const ladd_stream_grad *grads
         if (!job.parts) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the shares of the gradient of the queries");
     }
     ladd_parallel_work((int64_t)B * heads * job.groups, (int64_t)B * heads * job.S * job.S, attention_backward_task, &job);
-    if (job.parts && !job.failed) ladd_parallel((int64_t)B * heads, attention_backward_sum, &job);
-    return job.failed ? ladd_fail(LADD_ERR_MEMORY, "out of memory for a block of attention scores") : LADD_OK;
+    if (job.parts && !atomic_load(&job.failed)) ladd_parallel((int64_t)B * heads, attention_backward_sum, &job);
+    return atomic_load(&job.failed) ? ladd_fail(LADD_ERR_MEMORY, "out of memory for a block of attention scores") : LADD_OK;
 }

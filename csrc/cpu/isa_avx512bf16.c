@@ -5,6 +5,7 @@
 #define LADD_ISA avx512bf16
 #define LADD_BF16_PRODUCTS
 #include "attention.c"
+#include "conv2d.c"
 #include "linear.c"
 
 #define LADD_ELSEWHERE(name, arguments) ladd_status LADD_PASTE(ladd_cpu_, avx512, name) arguments;
@@ -17,6 +18,8 @@ const ladd_backend ladd_cpu_avx512bf16_backend = {
         .name = "avx512bf16",
     .attention_forward = LADD_CPU(attention_forward),
     .attention_backward = LADD_CPU(attention_backward),
+    .conv2d_forward = LADD_CPU(conv2d_forward),
+    .conv2d_backward = LADD_CPU(conv2d_backward),
     .linear_forward = LADD_CPU(linear_forward),
     .linear_gelu_forward = LADD_CPU(linear_gelu_forward),
     .linear_backward = LADD_CPU(linear_backward),
