@@ -2,8 +2,10 @@
  * which device they are on. Adding a kernel: one line in LADD_KERNELS, one function ladd_cpu_<name> in cpu/, one in cuda/, one row in the
  * tests' case table. The struct, the prototypes and both tables are generated from this one list, so a forgotten kernel does not link.
  *
- * Pointers: ladd_act are activations or weights in the compute type, float are statistics, gradients of parameters, and host scalars.
- * mod_stride: elements between the modulation rows of two samples (shift, scale, gate of sample b start at pointer + b*mod_stride).
+ * Pointers: ladd_act are activations or weights in the compute type, float and double are statistics, gradients of parameters, masters, and numbers
+ * one a sample or step. All lie where the backend computes, so that nothing waits for them and a recorded sequence of calls reads them anew; what
+ * lies on the host says so. mod_stride: elements between the modulation rows of two samples (shift, scale, gate of sample b start at pointer +
+ * b*mod_stride).
  */
 #ifndef LADD_BACKEND_H
 #define LADD_BACKEND_H
@@ -89,7 +91,7 @@ typedef enum { LADD_ROLE_REAL = 0, LADD_ROLE_FAKE, LADD_ROLE_GENERATOR } ladd_ro
   K(patch_scatter, (LADD_CTX, ladd_act *image, const ladd_act *tokens, int B, int C, int H, int W, int p, int channel_last)) \
   /* x[B,h*w,D] += centre crop of table[max,max,D] */ \
   K(add_position, (LADD_CTX, ladd_act *x, const ladd_act *table, int B, int h, int w, int max, int D)) \
-  /* f[B,dim] = [cos(a), sin(a)], a = 1000 sigma_b exp(-ln(10000) i/(dim/2)); sigma[B] on the host */ \
+  /* f[B,dim] = [cos(a), sin(a)], a = 1000 sigma_b exp(-ln(10000) i/(dim/2)) */ \
   K(timestep_features, (LADD_CTX, ladd_act *f, const float *sigma, int B, int dim)) \
   \
   /* y[B,Cout,Ho,Wo]; w[Cout,Cin,kh,kw]; bias[Cout] or NULL */ \
@@ -110,12 +112,13 @@ typedef enum { LADD_ROLE_REAL = 0, LADD_ROLE_FAKE, LADD_ROLE_GENERATOR } ladd_ro
   /* y[B,L] = sum over c of e[B,C] x[B,C,L], plus bias[1]; backward: dx and de are written, dbias[1] += (each NULL: skip) */ \
   K(channel_dot_forward, (LADD_CTX, ladd_act *y, const ladd_act *x, const ladd_act *e, const ladd_act *bias, int B, int C, int L)) \
   K(channel_dot_backward, (LADD_CTX, ladd_act *dx, ladd_act *de, float *dbias, const ladd_act *dy, const ladd_act *x, const ladd_act *e, int B, int C, int L)) \
-  /* value[1] (host) = mean loss of logits[n]; dlogits[n] = gradient of that mean times `weight` (NULL: skip) */ \
-  K(adversarial_loss, (LADD_CTX, double *value, ladd_act *dlogits, const ladd_act *logits, ladd_loss loss, ladd_role role, float weight, int64_t n)) \
+  /* values[3] = mean loss of logits[n], their mean, the share of them above 1 (role fake: below -1); dlogits[n] = gradient of the mean loss times \
+   * `weight` (NULL: skip) */ \
+  K(adversarial_loss, (LADD_CTX, double *values, ladd_act *dlogits, const ladd_act *logits, ladd_loss loss, ladd_role role, float weight, int64_t n)) \
   \
-  /* out[B,n]: standard normal; row b is drawn for sample number samples[b] */ \
+  /* out[B,n]: standard normal; row b is drawn for sample number samples[b] (on the host) */ \
   K(normal, (LADD_CTX, ladd_act *out, ladd_rng_key key, const int64_t *samples, int B, int64_t n)) \
-  /* out[B,n] = (1 - t_b) x0 + t_b e, e drawn as by normal(); noise[B,n] receives e (NULL: not kept); t[B] on the host */ \
+  /* out[B,n] = (1 - t_b) x0 + t_b e, e drawn as by normal(); noise[B,n] receives e (NULL: not kept); samples on the host */ \
   K(renoise, (LADD_CTX, ladd_act *out, ladd_act *noise, const ladd_act *x0, const float *t, ladd_rng_key key, const int64_t *samples, int B, int64_t n)) \
   /* out = (1 - t_b) x0 + t_b noise */ \
   K(interpolate, (LADD_CTX, ladd_act *out, const ladd_act *x0, const ladd_act *noise, const float *t, int B, int64_t n)) \
@@ -127,12 +130,20 @@ typedef enum { LADD_ROLE_REAL = 0, LADD_ROLE_FAKE, LADD_ROLE_GENERATOR } ladd_ro
   K(euler_step, (LADD_CTX, ladd_act *out, const ladd_act *x, const ladd_act *v, float sigma, float sigma_next, int64_t n)) \
   \
   /* decoupled weight decay, bias-corrected; g is multiplied by grad_scale first; step counts from 1. m is NULL where beta1 is 0: it would be \
-   * nothing but the last gradient */ \
-  K(adamw, (LADD_CTX, float *p, float *m, float *v, const float *g, int64_t n, float lr, float beta1, float beta2, float eps, float weight_decay, int64_t step, float grad_scale)) \
-  /* *sum (host) = sum of squares, accumulated in double in a fixed order; NaN or Inf shows in it */ \
+   * nothing but the last gradient. `control` (NULL: not given) takes the place of lr, \
+   * weight_decay, step and grad_scale: its four numbers are those of ladd_adamw_control and g's factor; a factor that is not finite: nothing changes. \
+   * rounding (NULL: none; the struct on the host): p is rounded to bfloat16, up or down at random so that the mean is kept; element i by word i % 4 of \
+   * Philox block i / 4 */ \
+  K(adamw, (LADD_CTX, float *p, float *m, float *v, const float *g, int64_t n, float lr, float beta1, float beta2, float eps, float weight_decay, int64_t step, float grad_scale, const float *control, const ladd_rng_key *rounding)) \
+  /* factor[1] = min(1, max_norm / norm) (max_norm 0: 1) with norm[1] = the square root of the sum of squares[n]. Where norm or one of checked[m] is not \
+   * finite, or failed[2] tells of an earlier failure, factor is NaN, and the first failure leaves failed = (who, norm); done[1] counts the others */ \
+  K(clip_factor, (LADD_CTX, float *factor, double *norm, double *failed, double *done, const double *squares, int n, const double *checked, int m, double max_norm, int who)) \
+  /* factors[4] = h, -h, weight/h, -weight/h with h = epsilon sqrt(sums[1] / sums[0]), zeros where one of the sums is 0; penalty[1] += scale sums[0] */ \
+  K(r1_factors, (LADD_CTX, float *factors, double *penalty, const double *sums, float weight, float epsilon, float scale)) \
+  /* sum[1] = sum of squares, accumulated in double in a fixed order; NaN or Inf shows in it */ \
   K(sum_squares, (LADD_CTX, double *sum, const float *x, int64_t n)) \
-  /* e = decay e + (1 - decay) p */ \
-  K(ema, (LADD_CTX, float *e, const float *p, float decay, int64_t n))
+  /* e = decay e + (1 - decay) p; control (NULL: not given): control[0] takes the place of decay, and where control[1] is not finite nothing changes */ \
+  K(ema, (LADD_CTX, float *e, const float *p, float decay, int64_t n, const float *control))
 /* clang-format on */
 
 struct ladd_backend {

@@ -134,6 +134,7 @@ typedef struct ladd_rng_key {
     uint64_t seed;
     uint32_t purpose; /* what the numbers are for; one constant a use */
     uint64_t step;
+    const uint64_t *step_at; /* not NULL: where the backend computes, in the place of step */
 } ladd_rng_key;
 
 /* ---- MMDiT (SD3, SD3.5): models/mmdit.c ----------------------------------------------------------------------------------------------- */
@@ -168,7 +169,7 @@ ladd_status ladd_mmdit_init(ladd_mmdit *model, uint64_t seed);
 ladd_status ladd_mmdit_plan(const ladd_context *ctx, size_t *bytes, const ladd_mmdit *model, const ladd_mmdit_call *call);
 /* velocity[B, out_channels, h*p, w*p] when n_taps == 0, else features[n_taps][B,N,D]. *saved is set when call->keep; free it with saved_free. */
 ladd_status ladd_mmdit_forward(const ladd_context *ctx, ladd_act *velocity, ladd_act *const *features, ladd_mmdit_saved **saved, ladd_mmdit *model,
-                               const ladd_mmdit_call *call, const ladd_act *latents /* [B,C,H,W] */, const float *sigma /* [B] in [0,1], host */,
+                               const ladd_mmdit_call *call, const ladd_act *latents /* [B,C,H,W] */, const float *sigma /* [B] in [0,1] */,
                                const ladd_act *context /* [B,T,J] */, const ladd_act *pooled /* [B,P] */);
 /* One of dvelocity / dfeatures (as forward). dlatents, dcontext, dpooled may each be NULL. params != 0 adds to the parameter gradients. May be called
  * once a forward: it reuses the saved memory. */
@@ -202,6 +203,9 @@ ladd_status ladd_vae_decode(const ladd_context *ctx, ladd_act *images, ladd_vae_
 /* dinput (may be NULL) and, with params, parameter gradients; for either direction. Once a forward. */
 ladd_status ladd_vae_backward(const ladd_context *ctx, ladd_act *dinput, ladd_vae_saved *saved, const ladd_act *doutput, int params);
 void ladd_vae_saved_free(const ladd_context *ctx, ladd_vae_saved *saved);
+/* Bytes of activations of one encode of images[batch,Cin,height,width], or (decode) of one decode to images of that size; keep: that a backward
+ * follows. */
+ladd_status ladd_vae_plan(const ladd_context *ctx, size_t *bytes, ladd_vae *model, int decode, int batch, int height, int width, int keep);
 
 /* ---- Discriminator heads: models/discriminator.c -------------------------------------------------------------------------------------- */
 
@@ -224,14 +228,14 @@ const ladd_disc_config *ladd_disc_get_config(const ladd_disc *model);
 ladd_status ladd_disc_init(ladd_disc *model, uint64_t seed);
 /* logits[n_taps][B,h,w] from features[n_taps][B,h*w,D]. update_u: one power iteration on each spectral norm first (training). *saved as for mmdit. */
 ladd_status ladd_disc_forward(const ladd_context *ctx, ladd_act *const *logits, ladd_disc_saved **saved, ladd_disc *model,
-                              const ladd_act *const *features, const float *sigma /* [B] t_hat, host */, const ladd_act *pooled /* [B,P] or NULL */,
-                              int batch, int grid_h, int grid_w, int update_u);
+                              const ladd_act *const *features, const float *sigma /* [B] t_hat in [0,1] */,
+                              const ladd_act *pooled /* [B,P] or NULL */, int batch, int grid_h, int grid_w, int update_u);
 /* dfeatures[i] may be NULL. params != 0 adds to the parameter gradients. Unlike the others may be called more than once a forward. */
 ladd_status ladd_disc_backward(const ladd_context *ctx, ladd_act *const *dfeatures, ladd_disc_saved *saved, const ladd_act *const *dlogits,
                                int params);
-/* R1 on the heads' inputs after a forward on real pictures: *penalty = mean over the batch of |g|^2, g = d(sum of all logits)/d(features), exact;
- * weight * d(penalty)/d(parameters) is added to the gradients, a central difference with step `epsilon` relative to the features
- * (layers/discriminator_head.h). Any number of times a forward; float32 only. */
+/* R1 on the heads' inputs after a forward on real pictures: penalty[1], where the model computes, += mean over the batch of |g|^2, g = d(sum of all
+ * logits)/d(features), exact; weight * d(penalty)/d(parameters) is added to the gradients, a central difference with step `epsilon` relative to the
+ * features (layers/discriminator_head.h). Any number of times a forward; float32 only. */
 ladd_status ladd_disc_r1(const ladd_context *ctx, double *penalty, ladd_disc_saved *saved, float weight, float epsilon);
 void ladd_disc_saved_free(const ladd_context *ctx, ladd_disc_saved *saved);
 

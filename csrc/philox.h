@@ -7,6 +7,8 @@
  */
 #ifndef LADD_PHILOX_H
 #define LADD_PHILOX_H
+#include <string.h>
+
 #include "ladd.h"
 
 #ifdef __CUDACC__
@@ -34,10 +36,22 @@ LADD_PHILOX_FUNCTION ladd_philox_words ladd_philox(uint32_t c0, uint32_t c1, uin
 }
 
 /* The key of all numbers for this seed, purpose and step: two words. */
-static inline void ladd_philox_key(uint32_t key[2], ladd_rng_key rng) {
-    ladd_philox_words w = ladd_philox(rng.purpose, (uint32_t)rng.step, (uint32_t)(rng.step >> 32), 0, (uint32_t)rng.seed, (uint32_t)(rng.seed >> 32));
+LADD_PHILOX_FUNCTION void ladd_philox_key(uint32_t key[2], ladd_rng_key rng) {
+    uint64_t step = rng.step_at ? *rng.step_at : rng.step;
+    ladd_philox_words w = ladd_philox(rng.purpose, (uint32_t)step, (uint32_t)(step >> 32), 0, (uint32_t)rng.seed, (uint32_t)(rng.seed >> 32));
     key[0] = w.x[0];
     key[1] = w.x[1];
+}
+
+/* x rounded to bfloat16, away from zero with the probability of its distance from the neighbour below, so that the mean is x: 16 random bits are
+ * added under the kept ones. What is not finite stays as it is. */
+LADD_PHILOX_FUNCTION float ladd_round_bfloat16(float x, uint32_t random) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7F800000u) == 0x7F800000u) return x;
+    bits = (bits + (random & 0xFFFFu)) & 0xFFFF0000u;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 
 #endif

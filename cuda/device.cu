@@ -162,7 +162,7 @@ extern "C" void ladd_cuda_release(LADD_CTX, void *block) {
 /* A recorded sequence of work: what it replays, and the host numbers that it copies. */
 typedef struct graph_number {
     struct graph_number *next;
-    char bytes[];
+    void *bytes; /* pinned: copies of a graph may not read pageable memory */
 } graph_number;
 typedef struct ladd_cuda_graph {
     ladd_cuda_state *state;
@@ -173,8 +173,10 @@ typedef struct ladd_cuda_graph {
 /* A copy of host memory that lives as long as the graph that is being recorded: every replay reads it again. NULL when out of memory. */
 static const void *kept_by_graph(ladd_cuda_state *state, const void *host, size_t bytes) {
     ladd_cuda_graph *graph = (ladd_cuda_graph *)state->capturing;
-    graph_number *number = (graph_number *)malloc(sizeof *number + bytes);
-    if (!number) {
+    graph_number *number = (graph_number *)calloc(1, sizeof *number);
+    if (!number || cudaMallocHost(&number->bytes, bytes) != cudaSuccess) {
+        cudaGetLastError();
+        free(number);
         ladd_fail(LADD_ERR_MEMORY, "out of memory for the host's part of a graph");
         return nullptr;
     }
@@ -183,8 +185,52 @@ static const void *kept_by_graph(ladd_cuda_state *state, const void *host, size_
     return memcpy(number->bytes, host, bytes);
 }
 
-/* The driver copies pageable memory through pinned buffers of its own and returns once the source was read, which is what upload promises; small
- * arrays go through the ring, which does not wait for the stream. */
+typedef struct ladd_cuda_pinned {
+    struct ladd_cuda_pinned *next;
+    char *host;
+    size_t bytes;
+    cudaEvent_t done;
+} ladd_cuda_pinned;
+
+static void pinned_free(ladd_cuda_state *state, ladd_cuda_pinned *block) {
+    state->pinned_bytes -= block->bytes;
+    if (block->done) cudaEventDestroy(block->done);
+    if (block->host) cudaFreeHost(block->host);
+    free(block);
+}
+
+/* A pinned block of at least `bytes` that no copy reads, taken out of the list: a kept one whose copy is done, or a new one. The list is ordered by
+ * use, the longest unused first. */
+static ladd_status pinned_take(LADD_CTX, ladd_cuda_pinned **taken, size_t bytes) {
+    ladd_cuda_state *state = ladd_cuda(ctx);
+    for (ladd_cuda_pinned **at = &state->pinned; *at; at = &(*at)->next) {
+        ladd_cuda_pinned *block = *at;
+        if (block->bytes < bytes || block->bytes / 2 > bytes || cudaEventQuery(block->done) != cudaSuccess) continue;
+        *at = block->next;
+        *taken = block;
+        return LADD_OK;
+    }
+    cudaGetLastError(); /* "not ready" is no error here */
+    while (state->pinned && state->pinned_bytes + bytes > LADD_CUDA_PINNED_MOST) {
+        ladd_cuda_pinned *oldest = state->pinned;
+        LADD_CUDA_TRY(ctx, cudaEventSynchronize(oldest->done));
+        state->pinned = oldest->next;
+        pinned_free(state, oldest);
+    }
+    ladd_cuda_pinned *block = (ladd_cuda_pinned *)calloc(1, sizeof *block);
+    if (!block) return ladd_fail(LADD_ERR_MEMORY, "out of memory for a staging block");
+    block->bytes = bytes;
+    state->pinned_bytes += bytes;
+    cudaError_t error = cudaMallocHost((void **)&block->host, bytes);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&block->done, cudaEventDisableTiming);
+    if (error != cudaSuccess) pinned_free(state, block);
+    LADD_CUDA_TRY(ctx, error);
+    *taken = block;
+    return LADD_OK;
+}
+
+/* Host arrays travel through pinned memory, since the driver may wait for the stream before it copies pageable memory: small ones through the ring,
+ * larger ones through blocks of their own size. */
 extern "C" ladd_status ladd_cuda_upload(LADD_CTX, void *device, const void *host, size_t bytes) {
     if (bytes <= LADD_CUDA_STAGE_BYTES) {
         const void *staged;
@@ -192,8 +238,26 @@ extern "C" ladd_status ladd_cuda_upload(LADD_CTX, void *device, const void *host
         LADD_CUDA_TRY(ctx, cudaMemcpyAsync(device, staged, bytes, cudaMemcpyDeviceToDevice, ladd_cuda(ctx)->stream));
         return LADD_OK;
     }
-    if (ladd_cuda(ctx)->capturing && !(host = kept_by_graph(ladd_cuda(ctx), host, bytes))) return LADD_ERR_MEMORY;
-    LADD_CUDA_TRY(ctx, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, ladd_cuda(ctx)->stream));
+    ladd_cuda_state *state = ladd_cuda(ctx);
+    if (state->capturing) {
+        const void *kept = kept_by_graph(state, host, bytes);
+        if (!kept) return LADD_ERR_MEMORY;
+        LADD_CUDA_TRY(ctx, cudaMemcpyAsync(device, kept, bytes, cudaMemcpyHostToDevice, state->stream));
+        return LADD_OK;
+    }
+    for (size_t from = 0; from < bytes; from += LADD_CUDA_PINNED_MOST / 4) { /* weights: in pieces */
+        const size_t part = bytes - from < LADD_CUDA_PINNED_MOST / 4 ? bytes - from : LADD_CUDA_PINNED_MOST / 4;
+        ladd_cuda_pinned *block;
+        LADD_TRY(pinned_take(ctx, &block, part));
+        memcpy(block->host, (const char *)host + from, part);
+        cudaError_t error = cudaMemcpyAsync((char *)device + from, block->host, part, cudaMemcpyHostToDevice, state->stream);
+        if (error == cudaSuccess) error = cudaEventRecord(block->done, state->stream);
+        block->next = nullptr;
+        ladd_cuda_pinned **last = &state->pinned;
+        while (*last) last = &(*last)->next;
+        *last = block;
+        LADD_CUDA_TRY(ctx, error);
+    }
     return LADD_OK;
 }
 
@@ -343,6 +407,11 @@ static void close_state(void *opaque) {
         for (int i = 0; state->pool && i < state->pool->n; i++) cudaFree(state->pool->blocks[i].pointer);
         for (int i = 0; i < LADD_CUDA_STAGES; i++)
             if (state->stage_done[i]) cudaEventDestroy(state->stage_done[i]);
+        while (state->pinned) {
+            ladd_cuda_pinned *next = state->pinned->next;
+            pinned_free(state, state->pinned);
+            state->pinned = next;
+        }
         if (state->stage_host) cudaFreeHost(state->stage_host);
         if (state->stage_device) cudaFree(state->stage_device);
         if (state->result) cudaFreeHost(state->result);
@@ -458,6 +527,7 @@ static void graph_free(void *opaque) {
         if (graph->state->scratch_graph[i] == graph) graph->state->scratch_graph[i] = nullptr;
     while (graph->numbers) {
         graph_number *next = graph->numbers->next;
+        cudaFreeHost(graph->numbers->bytes);
         free(graph->numbers);
         graph->numbers = next;
     }

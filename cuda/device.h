@@ -13,6 +13,7 @@ extern "C" {
 /* Scratch of the kernels: one block a slot, grown on demand, kept. Work on one stream runs in order, so a kernel may use a slot again as soon as the
  * launch that read it was queued. A wrapper that is called by another wrapper takes another slot. */
 enum { LADD_CUDA_SLOTS = 4, LADD_CUDA_RESULTS = 8, LADD_CUDA_PLANS = 4, LADD_CUDA_STAGES = 64, LADD_CUDA_STAGE_BYTES = 1 << 16 };
+#define LADD_CUDA_PINNED_MOST ((size_t)512 << 20) /* bytes on their way; more: the oldest copy is waited for */
 
 typedef struct ladd_cuda_state {
     int index; /* of the device */
@@ -29,6 +30,8 @@ typedef struct ladd_cuda_state {
     char *stage_host, *stage_device;
     cudaEvent_t stage_done[LADD_CUDA_STAGES];
     int stage_next;
+    struct ladd_cuda_pinned *pinned; /* device.cu: pinned blocks through which larger host arrays travel */
+    size_t pinned_bytes;
     double *result;                                      /* [8] pinned: numbers that a kernel hands to the host */
     int tf32;                                            /* 1: f32 products may round their inputs to TF32 */
     void *plans[LADD_CUDA_PLANS];                        /* caches of linear.cu, conv2d.cu, ...: each file owns one, see LADD_CUDA_PLANS_ */

@@ -122,8 +122,6 @@ __global__ void __launch_bounds__(LADD_BLOCK) timestep_features_kernel(T *f, con
 
 ladd_status LADD_CUDA(timestep_features)(LADD_CTX, ladd_act *f, const float *sigma, int B, int dim) {
     if (dim < 2 || dim % 2) return ladd_fail(LADD_ERR_VALUE, "an even number of timestep features expected, got %d", dim);
-    const void *staged;
-    LADD_TRY(ladd_cuda_stage(ctx, &staged, sigma, sizeof(float) * (size_t)B));
     const dim3 grid((unsigned)ladd_ceil_div(dim / 2, LADD_BLOCK), (unsigned)B);
-    LADD_CUDA_DISPATCH(ctx, T, return LADD_LAUNCH(ctx, timestep_features_kernel<T>, grid, LADD_BLOCK, 0, (T *)f, (const float *)staged, dim));
+    LADD_CUDA_DISPATCH(ctx, T, return LADD_LAUNCH(ctx, timestep_features_kernel<T>, grid, LADD_BLOCK, 0, (T *)f, sigma, dim));
 }

@@ -1,21 +1,17 @@
 /* Normal numbers, renoising and the steps of a sampler. The numbers are those of csrc/cpu/random.c to the bit: the same Philox words, and the same
  * arithmetic without contraction to fused multiply-adds (the _rn functions), with IEEE division and square root.
  *
- * What differs from sample to sample (times, sample numbers) is on the host and travels in the launch's parameters, RANDOM_SAMPLES samples a launch:
- * nothing is staged, so a captured graph holds the numbers itself.
+ * Sample numbers are on the host and travel in the launch's parameters, RANDOM_SAMPLES of them a launch: nothing is staged, so a captured graph holds
+ * them itself. Times and factors lie on the device, and so may the key's step: a replayed graph reads them anew.
  */
 #include "common.cuh"
 
 #include "../csrc/philox.h"
 
-enum { RANDOM_SAMPLES = 64 };
+enum { RANDOM_SAMPLES = 64, RANDOM_GRID = 65535 /* of a launch's second axis */ };
 
 struct random_rows {
-    float t[RANDOM_SAMPLES];
     int64_t sample[RANDOM_SAMPLES];
-};
-struct random_factors {
-    float t[RANDOM_SAMPLES];
 };
 
 /* ---- numbers ------------------------------------------------------------------------------------------------------------- */
@@ -59,24 +55,27 @@ __device__ __forceinline__ void random_turn(float *cosine, float *sine, uint32_t
 
 /* One thread makes the numbers of 16 bytes: one or two Philox blocks. x0 NULL: plain normal numbers. out may be x0. */
 template <typename T, bool VECTOR>
-__global__ void __launch_bounds__(LADD_BLOCK) random_kernel(T *out, T *noise, const T *x0, random_rows rows, uint32_t k0, uint32_t k1, int64_t n) {
+__global__ void __launch_bounds__(LADD_BLOCK)
+    random_kernel(T *out, T *noise, const T *x0, const float *times, random_rows rows, ladd_rng_key key, int64_t n) {
     constexpr int V = LADD_VEC<T>;
     const int b = blockIdx.y;
     const int64_t e = ((int64_t)blockIdx.x * LADD_BLOCK + threadIdx.x) * V, at = b * n + e;
     if (e >= n) return;
     const uint64_t sample = (uint64_t)rows.sample[b];
+    uint32_t k[2];
+    ladd_philox_key(k, key);
     float z[V], x[V];
 #pragma unroll
     for (int i = 0; i < V; i += 4) {
         const uint64_t block = (uint64_t)(e + i) / 4;
-        const ladd_philox_words w = ladd_philox((uint32_t)block, (uint32_t)(block >> 32), (uint32_t)sample, (uint32_t)(sample >> 32), k0, k1);
+        const ladd_philox_words w = ladd_philox((uint32_t)block, (uint32_t)(block >> 32), (uint32_t)sample, (uint32_t)(sample >> 32), k[0], k[1]);
         const float r0 = random_radius(w.x[0]), r1 = random_radius(w.x[2]);
         float c0, s0, c1, s1;
         random_turn(&c0, &s0, w.x[1]);
         random_turn(&c1, &s1, w.x[3]);
         z[i] = __fmul_rn(r0, c0), z[i + 1] = __fmul_rn(r0, s0), z[i + 2] = __fmul_rn(r1, c1), z[i + 3] = __fmul_rn(r1, s1);
     }
-    const float t = rows.t[b], rest = 1.0f - t;
+    const float t = x0 ? times[b] : 0.0f, rest = 1.0f - t;
     if (VECTOR) {
         if (x0) {
             ladd_load<T, V>(x, x0 + at);
@@ -97,23 +96,22 @@ __global__ void __launch_bounds__(LADD_BLOCK) random_kernel(T *out, T *noise, co
 
 template <typename T>
 static ladd_status random_run(LADD_CTX, T *out, T *noise, const T *x0, const float *t, ladd_rng_key key, const int64_t *samples, int B, int64_t n) {
-    uint32_t k[2];
     if (B < 0 || n < 0) return ladd_fail(LADD_ERR_VALUE, "random numbers: sizes of at least 0 expected, got B = %d, n = %lld", B, (long long)n);
     if (n == 0) return LADD_OK;
-    ladd_philox_key(k, key);
     const bool vector = n % LADD_VEC<T> == 0 && ladd_aligned16(out, noise, x0);
     for (int first = 0; first < B; first += RANDOM_SAMPLES) {
         const int count = B - first < RANDOM_SAMPLES ? B - first : RANDOM_SAMPLES;
         random_rows rows = {};
-        for (int i = 0; i < count; i++) rows.t[i] = t ? t[first + i] : 0.0f, rows.sample[i] = samples[first + i];
+        for (int i = 0; i < count; i++) rows.sample[i] = samples[first + i];
         const dim3 grid((unsigned)ladd_ceil_div(n, LADD_BLOCK * LADD_VEC<T>), (unsigned)count);
         const int64_t at = first * n;
         T *e = noise ? noise + at : nullptr;
         const T *x = x0 ? x0 + at : nullptr;
+        const float *times = t ? t + first : nullptr;
         if (vector)
-            LADD_TRY(LADD_LAUNCH(ctx, (random_kernel<T, true>), grid, LADD_BLOCK, 0, out + at, e, x, rows, k[0], k[1], n));
+            LADD_TRY(LADD_LAUNCH(ctx, (random_kernel<T, true>), grid, LADD_BLOCK, 0, out + at, e, x, times, rows, key, n));
         else
-            LADD_TRY(LADD_LAUNCH(ctx, (random_kernel<T, false>), grid, LADD_BLOCK, 0, out + at, e, x, rows, k[0], k[1], n));
+            LADD_TRY(LADD_LAUNCH(ctx, (random_kernel<T, false>), grid, LADD_BLOCK, 0, out + at, e, x, times, rows, key, n));
     }
     return LADD_OK;
 }
@@ -146,10 +144,10 @@ struct euler_op {
 
 /* y may be a or b; b may be NULL. */
 template <typename T, int V, typename Op>
-__global__ void __launch_bounds__(LADD_BLOCK) random_rows_kernel(T *y, const T *a, const T *b, random_factors factors, int64_t n, Op op) {
+__global__ void __launch_bounds__(LADD_BLOCK) random_rows_kernel(T *y, const T *a, const T *b, const float *factors, int64_t n, Op op) {
     const int64_t e = ((int64_t)blockIdx.x * LADD_BLOCK + threadIdx.x) * V, at = blockIdx.y * n + e;
     if (e >= n) return;
-    const float t = factors.t[blockIdx.y];
+    const float t = factors[blockIdx.y];
     float x[V], v[V] = {};
     ladd_load<T, V>(x, a + at);
     if (b) ladd_load<T, V>(v, b + at);
@@ -162,11 +160,10 @@ template <typename T, typename Op>
 static ladd_status random_map(LADD_CTX, T *y, const T *a, const T *b, const float *t, int B, int64_t n, Op op) {
     if (n <= 0) return LADD_OK;
     const bool vector = n % LADD_VEC<T> == 0 && ladd_aligned16(y, a, b);
-    for (int first = 0; first < B; first += RANDOM_SAMPLES) {
-        const int count = B - first < RANDOM_SAMPLES ? B - first : RANDOM_SAMPLES;
+    for (int first = 0; first < B; first += RANDOM_GRID) {
+        const int count = B - first < RANDOM_GRID ? B - first : RANDOM_GRID;
         const int64_t at = first * n;
-        random_factors factors = {};
-        for (int i = 0; i < count; i++) factors.t[i] = t[first + i];
+        const float *factors = t + first;
         const dim3 grid((unsigned)ladd_ceil_div(n, LADD_BLOCK * (vector ? LADD_VEC<T> : 1)), (unsigned)count);
         const T *second = b ? b + at : nullptr;
         if (vector)

@@ -62,7 +62,7 @@ class Context(ctypes.Structure):
 
 
 class RngKey(ctypes.Structure):
-    _fields_ = (("seed", ctypes.c_uint64), ("purpose", ctypes.c_uint32), ("step", ctypes.c_uint64))
+    _fields_ = (("seed", ctypes.c_uint64), ("purpose", ctypes.c_uint32), ("step", ctypes.c_uint64), ("step_at", ctypes.c_void_p))
 
 
 class Stream(ctypes.Structure):
@@ -95,7 +95,7 @@ def signatures() -> dict[str, list[Any]]:
         for argument in arguments.split(", "):
             kind = argument.removeprefix("const ").split()[0]
             plain = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "ptrdiff_t": ctypes.c_ssize_t, "float": ctypes.c_float}
-            plain |= {"ladd_loss": ctypes.c_int, "ladd_role": ctypes.c_int, "ladd_rng_key": RngKey}
+            plain |= {"double": ctypes.c_double, "ladd_loss": ctypes.c_int, "ladd_role": ctypes.c_int, "ladd_rng_key": RngKey}
             types.append(ctypes.c_void_p if "*" in argument else plain[kind])
         found[name] = types
     return found
@@ -304,16 +304,34 @@ class Core:
         return self._map("scale", [x], alpha, x.size, out=out)
 
     def adamw(self, p: Array, m: Array | None, v: Array, g: Array, *numbers: Any) -> None:
-        self._change("adamw", [p, m, v], [g], p.size, *numbers, dtype="float32")
+        self._change("adamw", [p, m, v], [g], p.size, *numbers, None, None, dtype="float32")
+
+    def clip_factor(
+        self, factor: Array, norm: Array, failed: Array, done: Array, squares: Array, checked: Array | None, limit: float, who: int
+    ) -> None:
+        with self.call() as c:
+            doubles = [None if x is None else x.view(np.float64) for x in (norm, failed, done, squares, checked)]
+            changed = [c.up(factor, "float32"), *(c.up(x, "float64") for x in doubles[:3])]
+            read = [c.up(x, "float64") for x in doubles[3:]]
+            c("clip_factor", *changed, read[0], squares.size // 2, read[1], 0 if checked is None else checked.size // 2, limit, who)
+            for buffer, x in zip(changed, [factor, *doubles[:3]], strict=True):
+                c.down(buffer, x)
+
+    def r1_factors(self, factors: Array, penalty: Array, sums: Array, weight: float, epsilon: float, scale: float) -> None:
+        with self.call() as c:
+            outputs = c.up(factors, "float32"), c.up(penalty.view(np.float64), "float64")
+            c("r1_factors", *outputs, c.up(sums.view(np.float64), "float64"), weight, epsilon, scale)
+            c.down(outputs[0], factors)
+            c.down(outputs[1], penalty.view(np.float64))
 
     def sum_squares(self, x: Array) -> float:
-        total = ctypes.c_double()
         with self.call() as c:
-            c("sum_squares", ctypes.byref(total), c.up(x, "float32"), x.size)
-        return total.value
+            total = c.new((1,), "float64")
+            c("sum_squares", total, c.up(x, "float32"), x.size)
+            return float(c.down(total)[0])
 
     def ema(self, e: Array, p: Array, decay: float) -> None:
-        self._change("ema", [e], [p], decay, e.size, dtype="float32")
+        self._change("ema", [e], [p], decay, e.size, None, dtype="float32")
 
     # ---- layout ------------------------------------------------------------------------------------------------------
 
@@ -335,7 +353,7 @@ class Core:
     def timestep_features(self, sigma: Array, dim: int) -> Array:
         with self.call() as c:
             f = c.new((sigma.size, dim))
-            c("timestep_features", f, host(sigma), sigma.size, dim)
+            c("timestep_features", f, c.up(sigma, "float32"), sigma.size, dim)
             return c.down(f)
 
     # ---- norms and activations ---------------------------------------------------------------------------------------
@@ -549,11 +567,10 @@ class Core:
 
     def adversarial_loss(self, logits: Array, loss: str, role: str, weight: float = 1.0) -> tuple[float, Array]:
         kinds = ("hinge", "logistic", "lsgan", "bce").index(loss), ("real", "fake", "generator").index(role)
-        value = ctypes.c_double()
         with self.call() as c:
-            dlogits = c.new(logits.shape)
-            c("adversarial_loss", ctypes.byref(value), dlogits, c.up(logits), *kinds, weight, logits.size)
-            return value.value, c.down(dlogits)
+            values, dlogits = c.new((3,), "float64"), c.new(logits.shape)
+            c("adversarial_loss", values, dlogits, c.up(logits), *kinds, weight, logits.size)
+            return float(c.down(values)[0]), c.down(dlogits)
 
     # ---- random numbers and diffusion --------------------------------------------------------------------------------
 
@@ -563,7 +580,7 @@ class Core:
         samples = np.arange(shape[0]) if samples is None else samples
         with self.call() as c:
             y = c.new(shape)
-            c("normal", y, RngKey(seed, purpose, step), host(samples), shape[0], int(np.prod(shape[1:])))
+            c("normal", y, RngKey(seed, purpose, step, None), host(samples), shape[0], int(np.prod(shape[1:])))
             return c.down(y, out)
 
     def renoise(
@@ -582,11 +599,15 @@ class Core:
         with self.call() as c:
             given, noise = c.up(x0), c.new(x0.shape) if return_noise else None
             y = c.out(out, x0.shape)
-            c("renoise", y, noise, given, host(t), RngKey(seed, purpose, step), host(samples), len(x0), x0[0].size)
+            c("renoise", y, noise, given, c.up(t, "float32"), RngKey(seed, purpose, step, None), host(samples), len(x0), x0[0].size)
             return (c.down(y, out), c.down(noise)) if return_noise else c.down(y, out)
 
     def _rowwise(self, name: str, inputs: Sequence[Array], t: Array, out: Array | None) -> Array:
-        return self._map(name, inputs, host(t), len(t), inputs[0][0].size, out=out)
+        with self.call() as c:
+            buffers = [c.up(x) for x in inputs]
+            y = c.out(out, inputs[0].shape)
+            c(name, y, *buffers, c.up(t, "float32"), len(t), inputs[0][0].size)
+            return c.down(y, out)
 
     def interpolate(self, x0: Array, noise: Array, t: Array, *, out: Array | None = None) -> Array:
         return self._rowwise("interpolate", [x0, noise], t, out)

@@ -629,6 +629,43 @@ def diffusion(rows: list[Row]) -> None:
         ]
 
 
+def pairs(x: Array) -> Array:
+    """float64 numbers as the kernels of a step keep them: in pairs of float32."""
+    return np.ascontiguousarray(x, np.float64).view(np.float32).copy()
+
+
+def clips(rows: list[Row]) -> None:
+    for n, limit in ((1, 0.0), (3, 0.5), (70, 0.5), (3, 50.0)):
+        squares = np.square(normal(64, n))
+
+        def clip(i: Arrays, out: Any, limit: float = limit) -> Arrays:
+            factor, norm, failed, done = np.zeros(1, np.float32), pairs(np.zeros(1)), pairs(np.zeros(2)), pairs(np.full(1, 6.0))
+            _core.clip_factor(factor, norm, failed, done, pairs(i["x"]), pairs(i["x"]), limit, 1)
+            read = {name: a.view(np.float64) for name, a in (("norm", norm), ("failed", failed), ("done", done))}
+            return {"y": factor, **read}
+
+        def clip_oracle(t: dict[str, Tensor], limit: float = limit) -> dict[str, Any]:
+            norm = np.sqrt(t["x"].data.sum())
+            factor = min(1.0, limit / norm) if limit else 1.0
+            return {"y": np.array([factor]), "norm": norm.reshape(1), "failed": np.zeros(2), "done": np.array([7.0])}
+
+        rows.append(Row(("clip_factor",), f"{n}limit{limit}", {"x": squares}, clip, clip_oracle, out=False))
+    for name, sums in (("usual", [3.0, 40.0]), ("no gradient", [0.0, 40.0]), ("no features", [3.0, 0.0])):
+
+        def r1(i: Arrays, out: Any) -> Arrays:
+            factors, penalty = np.zeros(4, np.float32), pairs(np.full(1, 2.0))
+            _core.r1_factors(factors, penalty, pairs(i["x"]), 0.3, 1e-4, 0.5)
+            return {"y": factors, "penalty": penalty.view(np.float64)}
+
+        def r1_oracle(t: dict[str, Tensor]) -> dict[str, Any]:
+            size, length = t["x"].data
+            h = 1e-4 * np.sqrt(length / size) if size else 0.0
+            slope = 0.3 / h if h else 0.0
+            return {"y": np.array([h, -h, slope, -slope]), "penalty": np.array([2.0 + 0.5 * size])}
+
+        rows.append(Row(("r1_factors",), name, {"x": np.float32(sums)}, r1, r1_oracle, out=False))
+
+
 def optimizers(rows: list[Row]) -> None:
     for n in (1, 19, 5000, 100_003):
         p, g, m, v = normal(60, n), normal(61, n), normal(62, n) * np.float32(0.1), np.square(normal(63, n))
@@ -695,6 +732,7 @@ def all_rows() -> list[Row]:
         random_numbers,
         diffusion,
         optimizers,
+        clips,
     ):
         family(rows)
     return rows

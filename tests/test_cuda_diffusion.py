@@ -5,7 +5,6 @@ Run by the emulator.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 
 import cuda_core
@@ -68,7 +67,7 @@ def test_a_loss_of_nan_is_nan() -> None:
 
 def test_impossible_losses_are_errors() -> None:
     with Core(device()).call() as c:
-        value, logits = ctypes.byref(ctypes.c_double()), c.up(normal(1, 4))
+        value, logits = c.new((3,), "float64"), c.up(normal(1, 4))
         for loss, role, n, words in ((4, 0, 4, "got 4 and 0"), (0, 3, 4, "got 0 and 3"), (0, 0, 0, "at least 1 logit expected, got 0")):
             with pytest.raises(RuntimeError, match=words):
                 c("adversarial_loss", value, None, logits, loss, role, 1.0, n)

@@ -120,6 +120,7 @@ def test_the_table_has_every_kernel() -> None:
     functions = {name for name, value in vars(_core).items() if callable(value) and not isinstance(value, type)}
     settings = {"set_num_threads", "get_num_threads", "backend_name", "empty_cache", "memory_in_use", "openblas_config"}
     elsewhere = {"attention_forward", "attention_backward"}  # they take lists: below
+    elsewhere |= {"clip_factor", "r1_factors", "adamw_control"}  # float64 in pairs: below
     assert functions - settings - elsewhere == set(CALLS) | set(POSITIONAL)
 
 
@@ -318,6 +319,42 @@ BAD_SCALARS: list[tuple[str, str, Any, type[Exception], str]] = [
 @pytest.mark.parametrize(("kernel", "name", "value", "error", "message"), BAD_SCALARS)
 def test_bad_setting(kernel: str, name: str, value: Any, error: type[Exception], message: str) -> None:
     refused(kernel, {**CALLS[kernel](), name: value}, error, message)
+
+
+def test_numbers_that_stay_where_they_are_computed() -> None:
+    """float64 in pairs of float32, on a multiple of 8 bytes, as many as there must be."""
+    one, two, factor = np.zeros(2, F), np.zeros(4, F), np.zeros(1, F)
+    good = (factor, one, two, one.copy(), np.ones(6, F), None, 0.5, 1)
+    _core.clip_factor(*good)
+    names = ("factor", "norm", "failed", "done", "squares", "checked")
+    for place, bad, error, message in (
+        (0, np.zeros(2, F), ValueError, "factor: expected shape"),
+        (1, two, ValueError, r"norm: expected shape \(n=2\), got \(4\)"),
+        (2, one, ValueError, "failed: expected shape"),
+        (4, np.ones(3, F), ValueError, "squares: expected pairs of float32"),
+        (4, np.ones(7, F)[1:], ValueError, "squares: expected pairs of float32"),
+        (5, np.ones(2), TypeError, "checked: expected dtype float32, got float64"),
+        (6, np.nan, ValueError, "max_norm: expected"),
+        *((i, None, TypeError, f"{names[i]}: expected|expected norm") for i in range(5)),
+    ):
+        with pytest.raises(error, match=message):
+            _core.clip_factor(*good[:place], bad, *good[place + 1 :])
+    for bad in ((np.zeros(3, F), one, two), (np.zeros(4, F), two, two), (np.zeros(4, F), one, one)):
+        with pytest.raises(ValueError, match="expected shape"):
+            _core.r1_factors(*bad, 0.1, 1e-4, 1.0)
+    x = normal(2, 3)
+    with pytest.raises(ValueError, match="values: expected shape"):
+        _core.adversarial_loss(x, "hinge", "real", values=two)
+    assert _core.adversarial_loss(x, "hinge", "real", values=np.zeros(6, F))[0] is None
+    with pytest.raises(ValueError, match="out: expected shape"):
+        _core.sum_squares(x, out=two)
+    call = CALLS["adamw"]()
+    for control, error in ((np.zeros(3, F), ValueError), (np.zeros(4), TypeError), (0.5, TypeError)):
+        refused("adamw", {**call, "control": control}, error, "control: expected")
+    for rounding in ((1, 2), 3, (1, -2, 3), (1, 2, "x"), (1, 2, np.zeros(3, F))):
+        refused("adamw", {**call, "rounding": rounding}, (TypeError, ValueError), "expected|argument")
+    refused("ema", {**CALLS["ema"](), "control": np.zeros(3, F)}, ValueError, "control: expected shape")
+    refused("renoise", {**CALLS["renoise"](), "step": np.zeros(4, F)}, ValueError, "step: expected shape")
 
 
 def test_adamw_and_ema_refuse_one_buffer_for_two() -> None:

@@ -15,7 +15,7 @@ from support import mmdit_config, normal, same_bits
 import ladd
 from ladd import _core, _purposes
 from ladd.config import AdamWConfig, LADDConfig
-from ladd.training import ladd as distillation
+from ladd.training.resident import Tally, add_logit_metrics
 
 Array = np.ndarray
 BATCH, HEIGHT, WIDTH, TEXT = 3, 8, 6, 5
@@ -136,8 +136,14 @@ def test_several_updates_of_the_heads_for_one_of_the_student() -> None:
 
 def test_what_the_logits_tell() -> None:
     real, fake = [np.float32([[2.0, 0.5]]), np.float32([[-1.0, 3.5]])], [np.float32([[-2.0, 1.5]]), np.float32([[-3.0, -0.5]])]
-    told = distillation._logit_metrics(real, fake)
-    assert told == pytest.approx(
+    tally, places = Tally(None, 12), []
+    for logits, role in ((real, "real"), (fake, "fake")):
+        for x in logits:
+            place, memory = tally.take(3)
+            _core.adversarial_loss(x, "hinge", role, values=memory)
+            places.append(place)
+    add_logit_metrics(tally, places[:2], places[2:], 1.0)
+    assert tally.metrics() == pytest.approx(
         {"logit_real": 1.25, "logit_fake": -1.0, "logit_gap": 2.25, "saturated": 0.5, "logit_gap_0": 1.5, "logit_gap_1": 3.0}
     )
 

@@ -235,6 +235,10 @@ void ladd_head_r1_take(const ladd_context *ctx, ladd_head_r1_room *room, ladd_ar
     room->g = ladd_take_act(ctx, arena, tokens * s->D);
     room->features = ladd_take_act(ctx, arena, tokens * s->D);
     room->floats = ladd_take_f32(arena, tokens * s->D);
+    room->sums = ladd_arena_take(arena, 2 * sizeof(double));
+    room->factors = ladd_take_f32(arena, 4);
+    room->unused = ladd_arena_take(arena, 3 * sizeof(double));
+    room->ones = ladd_take_act(ctx, arena, tokens);
 }
 
 static ladd_status squares_of(const ladd_context *ctx, double *sum, const ladd_act *x, float *floats, int64_t n) {
@@ -243,37 +247,33 @@ static ladd_status squares_of(const ladd_context *ctx, double *sum, const ladd_a
     return LADD_OK;
 }
 
-/* The same number everywhere: the gradient of the hinge loss of a generator, which is a negative mean of any logits. */
-static ladd_status fill(const ladd_context *ctx, ladd_act *x, const ladd_act *any, float value, int64_t n) {
-    double unused;
-    LADD_K(ctx, adversarial_loss, &unused, x, any, LADD_LOSS_HINGE, LADD_ROLE_GENERATOR, -value * (float)n, n);
+/* Ones: the gradient of the hinge loss of a generator, which is a negative mean of any logits. */
+static ladd_status fill(const ladd_context *ctx, ladd_act *ones, double *unused, const ladd_act *any, int64_t n) {
+    LADD_K(ctx, adversarial_loss, unused, ones, any, LADD_LOSS_HINGE, LADD_ROLE_GENERATOR, -(float)n, n);
     return LADD_OK;
 }
 
-ladd_status ladd_head_r1(const ladd_context *ctx, double *squares, ladd_act *dembedded, const ladd_head_saved *saved,
+ladd_status ladd_head_r1(const ladd_context *ctx, double *penalty, ladd_act *dembedded, const ladd_head_saved *saved,
                          const ladd_head_scratch *scratch, ladd_head_r1_room *room, const ladd_act *features, const ladd_act *embedded,
                          const ladd_act *pooled, const ladd_weights *w, const ladd_head_params *p, const ladd_head_sizes *s, float weight,
-                         float epsilon) {
+                         float epsilon, float scale) {
     int64_t tokens = (int64_t)s->B * s->h * s->w, n = tokens * s->D;
     const ladd_weights frozen = {.data = w->data};
-    double size, length;
-    LADD_TRY(fill(ctx, room->dlogits, features, 1.0f, tokens));
-    LADD_TRY(ladd_head_backward(ctx, room->g, NULL, saved, scratch, room->dlogits, features, embedded, pooled, &frozen, p, s));
-    LADD_TRY(squares_of(ctx, &size, room->g, room->floats, n));
-    LADD_TRY(squares_of(ctx, &length, features, room->floats, n));
-    *squares += size;
-    if (size == 0.0 || length == 0.0) return LADD_OK;
+    LADD_TRY(fill(ctx, room->ones, room->unused, features, tokens));
+    LADD_TRY(ladd_head_backward(ctx, room->g, NULL, saved, scratch, room->ones, features, embedded, pooled, &frozen, p, s));
+    LADD_TRY(squares_of(ctx, room->sums, room->g, room->floats, n));
+    LADD_TRY(squares_of(ctx, room->sums + 1, features, room->floats, n));
+    LADD_K(ctx, r1_factors, room->factors, penalty, room->sums, weight, epsilon, scale);
 
     ladd_head_saved *moved = &room->moved;
     moved->proj = saved->proj, moved->conv = saved->conv, moved->out = saved->out, moved->direction = saved->direction;
     moved->psi = saved->psi, moved->e = saved->e;
     moved->side_a = saved->side_a, moved->side_r = saved->side_r;
-    double h = epsilon * sqrt(length / size);
-    for (int sign = 1; sign >= -1; sign -= 2) {
-        LADD_K(ctx, copy, room->features, features, n);
-        LADD_K(ctx, axpy, room->features, room->g, (float)(sign * h), n);
+    for (int side = 0; side < 2; side++) { /* + and -; both steps are 0 where |g| or |features| is */
+        LADD_K(ctx, row_scale, room->features, room->g, room->factors + side, 1, n);
+        LADD_K(ctx, add, room->features, room->features, features, n);
         LADD_TRY(trunk_forward(ctx, room->dlogits, moved, scratch, room->features, w, p, s));
-        LADD_TRY(fill(ctx, room->dlogits, features, (float)(sign * weight / h), tokens));
+        LADD_K(ctx, row_scale, room->dlogits, room->ones, room->factors + 2 + side, 1, tokens);
         LADD_TRY(ladd_head_backward(ctx, NULL, dembedded, moved, scratch, room->dlogits, room->features, embedded, pooled, w, p, s));
     }
     return LADD_OK;

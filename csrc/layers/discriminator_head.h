@@ -70,15 +70,19 @@ typedef struct ladd_head_r1_room {
     ladd_act *dlogits;      /* [B,h*w] */
     ladd_act *g, *features; /* [B,h*w,D] each */
     float *floats;          /* [B*h*w*D] */
+    double *sums;           /* [2] |g|^2, |features|^2 */
+    float *factors;         /* [4] of r1_factors */
+    double *unused;         /* [3] of adversarial_loss */
+    ladd_act *ones;         /* [B*h*w] */
 } ladd_head_r1_room;
 
 void ladd_head_r1_take(const ladd_context *ctx, ladd_head_r1_room *room, ladd_arena *arena, const ladd_head_params *p, const ladd_head_sizes *s);
-/* *squares += |g|^2, g = d(sum of logits)/d(features); weight * d|g|^2/d(parameters) is added to w->grad and, as ladd_head_backward does, to
+/* penalty[1] += scale |g|^2, g = d(sum of logits)/d(features); weight * d|g|^2/d(parameters) is added to w->grad and, as ladd_head_backward does, to
  * dembedded. |g|^2 is exact. Its derivative is that of the sum's slope along g, taken as a central difference of the parameter gradients at
  * features +- epsilon g |features| / |g| of a head whose leaky ReLUs stay on the side where `saved` has them: between their kinks the head is smooth,
  * across one the difference would be of the size 1/epsilon. Needs float32. */
-ladd_status ladd_head_r1(const ladd_context *ctx, double *squares, ladd_act *dembedded, const ladd_head_saved *saved,
+ladd_status ladd_head_r1(const ladd_context *ctx, double *penalty, ladd_act *dembedded, const ladd_head_saved *saved,
                          const ladd_head_scratch *scratch, ladd_head_r1_room *room, const ladd_act *features, const ladd_act *embedded,
                          const ladd_act *pooled, const ladd_weights *w, const ladd_head_params *p, const ladd_head_sizes *s, float weight,
-                         float epsilon);
+                         float epsilon, float scale);
 #endif

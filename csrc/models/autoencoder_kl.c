@@ -452,6 +452,24 @@ ladd_status ladd_vae_backward(const ladd_context *ctx, ladd_act *dinput, ladd_va
     return LADD_OK;
 }
 
+ladd_status ladd_vae_plan(const ladd_context *ctx, size_t *bytes, ladd_vae *model, int decode, int batch, int height, int width, int keep) {
+    const vae_part *part = decode ? &model->decoder : &model->encoder;
+    int factor = 1 << (model->config.levels - 1);
+    LADD_TRY(check_size(model, batch, height, width));
+    if (height % factor || width % factor)
+        return ladd_fail(LADD_ERR_VALUE, "AutoencoderKL: images whose height and width are multiples of %d expected, got %d by %d", factor, height,
+                         width);
+    ladd_vae_saved *s = calloc(1, sizeof *s + (size_t)part->n * sizeof *s->ops);
+    if (!s) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the list of saved activations");
+    s->model = model;
+    s->part = part;
+    int down = decode ? factor : 1;
+    take(ctx, s, (ladd_image_size){batch, height / down, width / down, model->config.norm_num_groups}, keep);
+    *bytes = s->arena.used;
+    free(s);
+    return LADD_OK;
+}
+
 void ladd_vae_saved_free(const ladd_context *ctx, ladd_vae_saved *saved) {
     if (!saved) return;
     ladd_arena_release(ctx, &saved->arena);

@@ -235,7 +235,7 @@ static void take(const ladd_context *ctx, ladd_disc_saved *s, int keep) {
     arena->used = most;
 }
 
-static ladd_status check_call(const ladd_disc *model, const float *sigma, const ladd_act *pooled, int B, int h, int w) {
+static ladd_status check_call(const ladd_disc *model, const ladd_act *pooled, int B, int h, int w) {
     const ladd_disc_config *c = &model->config;
     int64_t most = INT_MAX / (c->kernel_size + 1); /* kernels count rows and padded columns in int */
     if (B < 1 || h < 1 || w < 1 || h > most || w > most || (int64_t)B * h > most / w)
@@ -244,9 +244,6 @@ static ladd_status check_call(const ladd_disc *model, const float *sigma, const 
                          (long long)most, B, h, w);
     if (c->condition_pooled && !pooled)
         return ladd_fail(LADD_ERR_VALUE, "discriminator: pooled[%d,%d] expected (condition_pooled is on), got none", B, c->pooled_dim);
-    for (int b = 0; c->condition_sigma && b < B; b++)
-        if (!(sigma[b] >= 0.0f && sigma[b] <= 1.0f))
-            return ladd_fail(LADD_ERR_VALUE, "discriminator: sigma in [0, 1] expected, got %g for sample %d", (double)sigma[b], b);
     return LADD_OK;
 }
 
@@ -275,7 +272,7 @@ ladd_status ladd_disc_forward(const ladd_context *ctx, ladd_act *const *logits, 
                               const ladd_act *const *features, const float *sigma, const ladd_act *pooled, int batch, int grid_h, int grid_w,
                               int update_u) {
     if (saved) *saved = NULL;
-    LADD_TRY(check_call(model, sigma, pooled, batch, grid_h, grid_w));
+    LADD_TRY(check_call(model, pooled, batch, grid_h, grid_w));
     const ladd_disc_config *c = &model->config;
     ladd_disc_saved *s = calloc(1, sizeof *s);
     if (!s) return ladd_fail(LADD_ERR_MEMORY, "out of memory for a discriminator's forward");
@@ -337,21 +334,19 @@ ladd_status ladd_disc_r1(const ladd_context *ctx, double *penalty, ladd_disc_sav
     ladd_head_r1_take(ctx, &room, &arena, &m->heads[0], z);
 
     int embedded = m->config.condition_sigma;
-    double squares = 0.0;
     ladd_status status = LADD_OK;
     if (embedded) status = ctx->backend->zero(ctx, saved->dembedded, (int64_t)z->B * z->K);
     for (int i = 0; i < m->config.n_taps && status == LADD_OK; i++) {
         status = ladd_check_interrupt(ctx);
         if (status == LADD_OK)
-            status = ladd_head_r1(ctx, &squares, saved->dembedded, &saved->heads[i], &saved->scratch, &room, saved->features[i], saved->embedded,
-                                  saved->pooled, &w, &m->heads[i], z, weight / (float)z->B, epsilon);
+            status = ladd_head_r1(ctx, penalty, saved->dembedded, &saved->heads[i], &saved->scratch, &room, saved->features[i], saved->embedded,
+                                  saved->pooled, &w, &m->heads[i], z, weight / (float)z->B, epsilon, 1.0f / (float)z->B);
     }
     ladd_arena_release(ctx, &arena);
     LADD_TRY(status);
     if (embedded)
         LADD_TRY(ladd_embedder_backward(ctx, NULL, saved->dtime, saved->dembedded, saved->time_h, saved->time_a, saved->time, &w, &m->embedder, z->B,
                                         DISC_TIME_FEATURES, z->K));
-    *penalty = squares / z->B;
     return LADD_OK;
 }
 

@@ -315,9 +315,6 @@ static ladd_status embed(const ladd_context *ctx, struct ladd_mmdit_saved *s, co
     ladd_mmdit *m = s->model;
     const ladd_mmdit_config *c = &m->config;
     int D = m->D, B = s->B;
-    for (int b = 0; b < B; b++)
-        if (!(sigma[b] >= 0.0f && sigma[b] <= 1.0f))
-            return ladd_fail(LADD_ERR_VALUE, "MMDiT: sigma in [0, 1] expected, got %g for sample %d", (double)sigma[b], b);
     LADD_K(ctx, timestep_features, s->features, sigma, B, LADD_TIME_FEATURES);
     LADD_TRY(ladd_embedder_forward(ctx, s->sum, s->time_h, s->time_a, s->features, w, &m->time, B, LADD_TIME_FEATURES, D));
     LADD_TRY(ladd_embedder_forward(ctx, s->e, s->pooled_h, s->pooled_a, pooled, w, &m->pooled, B, c->pooled_projection_dim, D));

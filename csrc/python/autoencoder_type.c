@@ -140,6 +140,22 @@ static PyObject *vae_decode(PyObject *self, PyObject *args, PyObject *kwargs) {
     return run((core_model *)self, z, keep, 0);
 }
 
+static PyObject *vae_plan(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"batch", "height", "width", "decode", "keep", NULL};
+    core_model *self = (core_model *)object;
+    PyObject *sizes[3], *decode_flag = NULL, *keep_flag = NULL;
+    int numbers[3], decode = 0, keep = 0;
+    core_call call;
+    size_t bytes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OO:plan", names, &sizes[0], &sizes[1], &sizes[2], &decode_flag, &keep_flag)) return NULL;
+    for (int i = 0; i < 3; i++)
+        if (core_int(sizes[i], names[i], 1, INT_MAX, &numbers[i]) < 0) return NULL;
+    if (core_bool(decode_flag, "decode", &decode) < 0 || core_bool(keep_flag, "keep", &keep) < 0) return NULL;
+    if (core_begin(&call, self->lock, self->device, self->compute) < 0) return NULL;
+    if (core_end(&call, ladd_vae_plan(&call.ctx, &bytes, self->model, decode, numbers[0], numbers[1], numbers[2], keep)) < 0) return NULL;
+    return PyLong_FromSize_t(bytes);
+}
+
 /* ---- backward -------------------------------------------------------------------------------------------------------- */
 
 static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwargs) {
@@ -171,6 +187,7 @@ static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwar
 static PyMethodDef model_methods[] = {
     CORE_METHOD("encode", vae_encode, "encode(images, keep=False) -> (moments, saved or None)"),
     CORE_METHOD("decode", vae_decode, "decode(z, keep=False) -> (images, saved or None)"),
+    CORE_METHOD("plan", vae_plan, "plan(batch, height, width, decode=False, keep=False) -> bytes of activations, for images of that size"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -123,7 +123,7 @@ typedef struct core_dims {
 
 /* Arrays are ndarrays (float32) or DeviceArrays. A shape has one letter an axis, every size from 1 to INT_MAX; '*' at its end stands for any further
  * axes, whose product (1 for none) becomes the size of '*'. '=' at its head: float32 whatever the compute type is (statistics, gradients of
- * parameters, masters); '@': numbers that the host reads, always an ndarray (times, factors).
+ * parameters, masters); '@': float32 numbers one a sample (times, factors), in host memory or on the device of the others.
  *
  * Checks that `object` is such an array: aligned, C-contiguous, on the device of the others. NULL and an exception, or the array borrowed. */
 PyObject *core_input(PyObject *object, const char *name, const char *shape, core_dims *dims);
@@ -161,10 +161,51 @@ int core_uint64(PyObject *object, const char *name, uint64_t *out);
 int core_finite(double value, const char *name);
 int core_in_range(double value, const char *name, double low, double high);
 
+/* An '@' array [B] of times. Those of the host must lie in [0, 1]; a device's are not looked at. */
+PyObject *core_times(PyObject *object, const char *name, core_dims *dims);
+
 static inline float *core_data(void *array) {
     if (!array) return NULL;
     return core_is_array(array) ? ((core_array *)array)->data : (float *)PyArray_DATA((PyArrayObject *)array);
 }
+
+/* An '@' array where a call computes, between core_begin and core_end: its own memory, or a copy on the device that core_numbers_end gives back. */
+typedef struct core_numbers {
+    const float *data;
+    void *block;
+} core_numbers;
+ladd_status core_numbers_begin(const core_call *call, core_numbers *numbers, PyObject *array);
+void core_numbers_end(const core_call *call, core_numbers *numbers);
+
+/* CORE_KERNEL with `array` as an '@' argument: among the arguments it is CORE_NUMBERS. */
+#define CORE_NUMBERS (numbers_.data)
+#define CORE_KERNEL_NUMBERS(result, dims, array, name, ...)                                     \
+    do {                                                                                        \
+        core_call call_;                                                                        \
+        result = core_begin(&call_, NULL, (dims)->device, (dims)->act);                         \
+        if (result == 0) {                                                                      \
+            core_numbers numbers_;                                                              \
+            ladd_status status_ = core_numbers_begin(&call_, &numbers_, array);                 \
+            if (status_ == LADD_OK) status_ = call_.ctx.backend->name(&call_.ctx, __VA_ARGS__); \
+            core_numbers_end(&call_, &numbers_);                                                \
+            result = core_end(&call_, status_);                                                 \
+        }                                                                                       \
+    } while (0)
+
+/* float64 numbers that stay where a call computes, in pairs of a float32 array: `count` of them (0: any number), NULL for None. Their number, or -1
+ * and an exception. */
+int core_doubles(PyObject *object, const char *name, Py_ssize_t count, const core_dims *dims, double **data);
+/* The key from seed, purpose and step, an integer, NULL (0), or a counter that stays where a call computes: a pair of a float32 array with the bits
+ * of a uint64. 0 or -1. */
+int core_rng_key(ladd_rng_key *key, PyObject *seed, PyObject *purpose, PyObject *step, const core_dims *dims);
+/* Up to three float64 results of a call: in `out`, where nobody waits for them, or (NULL) in values[] after core_result_end, which waits. Zero at
+ * first where `out` is NULL. */
+typedef struct core_result {
+    double *data, values[3];
+    void *block;
+} core_result;
+ladd_status core_result_begin(const core_call *call, core_result *result, double *out);
+ladd_status core_result_end(const core_call *call, core_result *result, ladd_status status);
 
 /* Keys of a configuration mapping: every key is taken once, and core_config_done says which one nobody took. */
 typedef struct core_config {

@@ -63,22 +63,19 @@ static int wrong_shape(const char *name, const char *shape, const core_dims *dim
 
 static int on_device(PyObject *object, const char *name, const char *shape, core_dims *dims) {
     const core_array *array = (core_array *)object;
-    if (*shape == '@') {
-        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy array, whose numbers the host reads, got one on %s", name, array->device->label);
-        return 0;
-    }
     if (dims->placed && dims->device != array->device) {
         PyErr_Format(PyExc_ValueError, "%s: expected an array on %s, got one on %s", name, label_of(dims->device), array->device->label);
         return 0;
     }
-    if (*shape == '=' || (dims->placed && dims->act != array->dtype)) {
-        ladd_dtype wanted = *shape == '=' ? LADD_F32 : dims->act;
+    int wide = *shape == '=' || *shape == '@';
+    if (wide || (dims->placed && dims->act != array->dtype)) {
+        ladd_dtype wanted = wide ? LADD_F32 : dims->act;
         if (wanted != array->dtype) {
             PyErr_Format(PyExc_TypeError, "%s: expected dtype %s, got %s", name, core_dtype_name(wanted), core_dtype_name(array->dtype));
             return 0;
         }
     }
-    if (*shape == '=' && dims->placed) return 1; /* says nothing of the compute type */
+    if (*shape == '@' || (*shape == '=' && dims->placed)) return 1; /* says nothing of the compute type */
     dims->device = array->device;
     dims->act = array->dtype;
     dims->placed = 1;
@@ -451,3 +448,66 @@ int core_config_done(core_config *config) {
 }
 
 void core_config_end(core_config *config) { Py_CLEAR(config->dict); }
+
+/* ---- numbers of a sample or step --------------------------------------------------------------------------------------- */
+
+PyObject *core_times(PyObject *object, const char *name, core_dims *dims) {
+    PyObject *array = core_input(object, name, "@B", dims);
+    if (!array || core_is_array(array)) return array;
+    for (npy_intp b = 0; b < PyArray_DIM((PyArrayObject *)array, 0); b++) {
+        float t = core_data(array)[b];
+        if (t >= 0.0f && t <= 1.0f) continue;
+        char number[32];
+        snprintf(number, sizeof number, "%g", (double)t);
+        PyErr_Format(PyExc_ValueError, "%s: expected numbers in [0, 1], got %s for sample %zd", name, number, (Py_ssize_t)b);
+        return NULL;
+    }
+    return array;
+}
+
+ladd_status core_numbers_begin(const core_call *call, core_numbers *numbers, PyObject *array) {
+    const ladd_context *ctx = &call->ctx;
+    *numbers = (core_numbers){.data = core_data(array)};
+    if (core_is_array(array) || !call->device) return LADD_OK;
+    size_t bytes = (size_t)PyArray_NBYTES((PyArrayObject *)array);
+    LADD_TRY(ctx->backend->alloc(ctx, &numbers->block, bytes));
+    numbers->data = numbers->block;
+    return ctx->backend->upload(ctx, numbers->block, PyArray_DATA((PyArrayObject *)array), bytes);
+}
+
+void core_numbers_end(const core_call *call, core_numbers *numbers) {
+    if (numbers->block) call->ctx.backend->release(&call->ctx, numbers->block);
+}
+
+int core_doubles(PyObject *object, const char *name, Py_ssize_t count, const core_dims *dims, double **data) {
+    *data = NULL;
+    if (!object || object == Py_None) return 0;
+    core_dims own = {.device = dims->device, .act = LADD_F32, .placed = dims->placed};
+    if (count) DIM(&own, 'n') = 2 * count;
+    if (!core_inout(object, name, "=n", &own)) return -1;
+    if (DIM(&own, 'n') % 2 || (uintptr_t)core_data(object) % sizeof(double)) {
+        PyErr_Format(PyExc_ValueError, "%s: expected pairs of float32 that hold float64 numbers on a multiple of 8 bytes, got other memory", name);
+        return -1;
+    }
+    *data = (double *)core_data(object);
+    return (int)(DIM(&own, 'n') / 2);
+}
+
+ladd_status core_result_begin(const core_call *call, core_result *result, double *out) {
+    const ladd_context *ctx = &call->ctx;
+    *result = (core_result){.data = out};
+    if (out) return LADD_OK;
+    result->data = result->values;
+    if (!call->device) return LADD_OK;
+    LADD_TRY(ctx->backend->alloc(ctx, &result->block, sizeof result->values));
+    result->data = result->block;
+    return ctx->backend->upload(ctx, result->block, result->values, sizeof result->values);
+}
+
+ladd_status core_result_end(const core_call *call, core_result *result, ladd_status status) {
+    const ladd_context *ctx = &call->ctx;
+    if (!result->block) return status;
+    if (status == LADD_OK) status = ctx->backend->download(ctx, result->values, result->block, sizeof result->values);
+    ctx->backend->release(ctx, result->block);
+    return status;
+}

@@ -78,7 +78,7 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     DIM(&dims, 'N') = sides[0] * sides[1];
     DIM(&dims, 'D') = config->feature_dim;
     DIM(&dims, 'P') = config->pooled_dim;
-    if (!core_input(sigma, "sigma", "@B", &dims)) return NULL;
+    if (!(config->condition_sigma ? core_times(sigma, "sigma", &dims) : core_input(sigma, "sigma", "@B", &dims))) return NULL;
     if (config->condition_pooled && pooled == Py_None) {
         PyErr_Format(PyExc_ValueError, "pooled: expected an array of shape (B=%lld, P=%d), got None", (long long)DIM(&dims, 'B'), config->pooled_dim);
         return NULL;
@@ -92,8 +92,12 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     if (!(logits = core_new_list(config->n_taps, "Bhw", &dims, outputs))) goto done;
     if (keep && !(saved = core_saved_new(self, &dims, config->n_taps))) goto done;
     if (core_begin(&call, self->lock, self->device, self->compute) < 0) goto done;
-    ladd_status status = ladd_disc_forward(&call.ctx, outputs, keep ? &kept : NULL, self->model, inputs, core_data(sigma),
-                                           config->condition_pooled ? core_data(condition) : NULL, IDIM(&dims, 'B'), sides[0], sides[1], update_u);
+    core_numbers times;
+    ladd_status status = core_numbers_begin(&call, &times, sigma);
+    if (status == LADD_OK)
+        status = ladd_disc_forward(&call.ctx, outputs, keep ? &kept : NULL, self->model, inputs, times.data,
+                                   config->condition_pooled ? core_data(condition) : NULL, IDIM(&dims, 'B'), sides[0], sides[1], update_u);
+    core_numbers_end(&call, &times);
     result = core_forward_end(&call, status, logits, saved, kept);
 done:
     Py_XDECREF(items);
@@ -128,21 +132,28 @@ static PyObject *saved_backward(PyObject *object, PyObject *args, PyObject *kwar
 }
 
 static PyObject *saved_r1(PyObject *object, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"weight", "epsilon", NULL};
+    static char *names[] = {"weight", "epsilon", "out", NULL};
     core_saved *self = (core_saved *)object;
-    double weight, epsilon, penalty = 0.0;
+    PyObject *out = NULL;
+    double weight, epsilon, *kept;
+    core_result penalty = {.data = NULL};
     core_call call;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dd:r1", names, &weight, &epsilon)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "dd|$O:r1", names, &weight, &epsilon, &out)) return NULL;
     if (core_finite(weight, "weight") < 0 || core_finite(epsilon, "epsilon") < 0) return NULL;
     if (self->owner->compute != LADD_F32) {
         PyErr_SetString(PyExc_ValueError, "r1: expected a discriminator of dtype float32, got one whose rounding hides a finite difference");
         return NULL;
     }
+    core_dims place = core_place(self->owner);
+    if (core_doubles(out, "out", 1, &place, &kept) < 0) return NULL;
     ladd_status status;
     ladd_disc_saved *saved = core_backward_begin(&call, self, 0, 1, &status);
     if (!saved) return NULL;
-    if (status == LADD_OK) status = ladd_disc_r1(&call.ctx, &penalty, saved, (float)weight, (float)epsilon);
-    return core_end(&call, status) < 0 ? NULL : PyFloat_FromDouble(penalty);
+    if (status == LADD_OK) status = core_result_begin(&call, &penalty, kept);
+    if (status == LADD_OK) status = ladd_disc_r1(&call.ctx, penalty.data, saved, (float)weight, (float)epsilon);
+    if (core_end(&call, core_result_end(&call, &penalty, status)) < 0) return NULL;
+    if (kept) Py_RETURN_NONE;
+    return PyFloat_FromDouble(penalty.values[0]);
 }
 
 /* ---- types ----------------------------------------------------------------------------------------------------------- */
@@ -155,7 +166,8 @@ static PyMethodDef model_methods[] = {
 static PyMethodDef saved_methods[] = {
     CORE_METHOD("backward", saved_backward, "backward(dlogits, params=True, features=True) -> list of dfeatures or None; any number of times"),
     CORE_METHOD("r1", saved_r1,
-                "r1(weight, epsilon) -> mean of |d(sum of logits)/d(features)|^2; weight times its gradient is added to the parameters'"),
+                "r1(weight, epsilon, *, out=None) -> mean of |d(sum of logits)/d(features)|^2, or None with it added to out; weight times its "
+                "gradient is added to the parameters'"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -5,13 +5,17 @@
 
 /* ---- random numbers -------------------------------------------------------------------------------------------------- */
 
-/* The key from seed, purpose and step; step may be NULL (0). */
-static int read_key(ladd_rng_key *key, PyObject *seed, PyObject *purpose, PyObject *step) {
+int core_rng_key(ladd_rng_key *key, PyObject *seed, PyObject *purpose, PyObject *step, const core_dims *dims) {
     int number;
+    double *at;
     *key = (ladd_rng_key){0};
     if (core_uint64(seed, "seed", &key->seed) < 0 || core_int(purpose, "purpose", 0, INT_MAX, &number) < 0) return -1;
     key->purpose = (uint32_t)number;
-    return step && core_uint64(step, "step", &key->step) < 0 ? -1 : 0;
+    if (!step) return 0;
+    if (!core_is_array(step) && !PyArray_Check(step)) return core_uint64(step, "step", &key->step);
+    if (core_doubles(step, "step", 1, dims, &at) < 0) return -1;
+    key->step_at = (const uint64_t *)at;
+    return 0;
 }
 
 /* Sample numbers int64[B], new reference: the given array, or 0, 1, ... for None. */
@@ -38,7 +42,7 @@ static PyObject *normal(PyObject *module, PyObject *args, PyObject *kwargs) {
     ladd_rng_key key;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OO$O:normal", names, &shape, &seed, &purpose, &step, &samples_given, &out_given)) return NULL;
     Py_ssize_t ndim = core_int_list(shape, "shape", sizes, 16, 1, INT_MAX);
-    if (ndim < 0 || read_key(&key, seed, purpose, step) < 0) return NULL;
+    if (ndim < 0) return NULL;
     if (ndim == 0) {
         PyErr_SetString(PyExc_ValueError, "shape: expected (B, ...), got ()");
         return NULL;
@@ -49,6 +53,7 @@ static PyObject *normal(PyObject *module, PyObject *args, PyObject *kwargs) {
     PyObject *out = out_given == Py_None || !out_given ? PyArray_EMPTY((int)ndim, dims, NPY_FLOAT32, 0) : Py_NewRef(out_given);
     core_dims d = {0};
     PyObject *array = out ? core_inout(out, "out", "B*", &d) : NULL;
+    if (array && core_rng_key(&key, seed, purpose, step, &d) < 0) array = NULL;
     int same = array && core_ndim(array) == (int)ndim;
     for (int i = 0; same && i < (int)ndim; i++) same = core_size(array, i) == dims[i];
     if (array && !same)
@@ -71,13 +76,13 @@ static PyObject *renoise(PyObject *module, PyObject *args, PyObject *kwargs) {
                                      &out_given))
         return NULL;
     if (core_bool(return_flag, "return_noise", &return_noise) < 0) return NULL;
-    if (!core_input(x0, "x0", "B*", &d) || !core_input(t, "t", "@B", &d) || read_key(&key, seed, purpose, step) < 0) return NULL;
+    if (!core_input(x0, "x0", "B*", &d) || !core_input(t, "t", "@B", &d) || core_rng_key(&key, seed, purpose, step, &d) < 0) return NULL;
     PyArrayObject *samples = read_samples(samples_given, DIM(&d, 'B'));
     if (!samples) return NULL;
     PyObject *out = core_output_like(out_given, x0), *noise = return_noise ? core_new_like(x0, 0) : Py_NewRef(Py_None);
     if (out && noise && core_no_overlap(out, x0, "x0", 1) == 0 && core_no_overlap(out, t, "t", 0) == 0)
-        CORE_KERNEL(result, &d, renoise, core_data(out), return_noise ? core_data(noise) : NULL, core_data(x0), core_data(t), key,
-                    (const int64_t *)PyArray_DATA(samples), IDIM(&d, 'B'), DIM(&d, '*'));
+        CORE_KERNEL_NUMBERS(result, &d, t, renoise, core_data(out), return_noise ? core_data(noise) : NULL, core_data(x0), CORE_NUMBERS, key,
+                            (const int64_t *)PyArray_DATA(samples), IDIM(&d, 'B'), DIM(&d, '*'));
     PyObject *answer = result < 0 ? NULL : (return_noise ? PyTuple_Pack(2, out, noise) : Py_NewRef(out));
     Py_DECREF(samples);
     Py_XDECREF(out);
@@ -97,7 +102,7 @@ static PyObject *interpolate(PyObject *module, PyObject *args, PyObject *kwargs)
     if (!core_input(x0, "x0", "B*", &d) || !core_same_shape(noise, "noise", x0, "x0") || !core_input(t, "t", "@B", &d)) return NULL;
     PyObject *out = core_output_like(out_given, x0);
     if (out && core_no_overlap(out, x0, "x0", 1) == 0 && core_no_overlap(out, noise, "noise", 1) == 0 && core_no_overlap(out, t, "t", 0) == 0)
-        CORE_KERNEL(result, &d, interpolate, core_data(out), core_data(x0), core_data(noise), core_data(t), IDIM(&d, 'B'), DIM(&d, '*'));
+        CORE_KERNEL_NUMBERS(result, &d, t, interpolate, core_data(out), core_data(x0), core_data(noise), CORE_NUMBERS, IDIM(&d, 'B'), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(out);
     return out;
 }
@@ -112,7 +117,7 @@ static PyObject *predict_x0(PyObject *module, PyObject *args, PyObject *kwargs) 
     if (!core_input(x, "x", "B*", &d) || !core_same_shape(v, "v", x, "x") || !core_input(t, "t", "@B", &d)) return NULL;
     PyObject *out = core_output_like(out_given, x);
     if (out && core_no_overlap(out, x, "x", 1) == 0 && core_no_overlap(out, v, "v", 1) == 0 && core_no_overlap(out, t, "t", 0) == 0)
-        CORE_KERNEL(result, &d, predict_x0, core_data(out), core_data(x), core_data(v), core_data(t), IDIM(&d, 'B'), DIM(&d, '*'));
+        CORE_KERNEL_NUMBERS(result, &d, t, predict_x0, core_data(out), core_data(x), core_data(v), CORE_NUMBERS, IDIM(&d, 'B'), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(out);
     return out;
 }
@@ -127,7 +132,7 @@ static PyObject *row_scale(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (!core_input(x, "x", "B*", &d) || !core_input(factor, "factor", "@B", &d)) return NULL;
     PyObject *out = core_output_like(out_given, x);
     if (out && core_no_overlap(out, x, "x", 1) == 0 && core_no_overlap(out, factor, "factor", 0) == 0)
-        CORE_KERNEL(result, &d, row_scale, core_data(out), core_data(x), core_data(factor), IDIM(&d, 'B'), DIM(&d, '*'));
+        CORE_KERNEL_NUMBERS(result, &d, factor, row_scale, core_data(out), core_data(x), CORE_NUMBERS, IDIM(&d, 'B'), DIM(&d, '*'));
     if (result < 0) Py_CLEAR(out);
     return out;
 }
@@ -161,23 +166,33 @@ static int choose(const char *given, const char *name, const char *const *choice
 
 static PyObject *adversarial_loss(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
-    static char *names[] = {"logits", "loss", "role", "weight", NULL};
+    static char *names[] = {"logits", "loss", "role", "weight", "values", NULL};
     static const char *const losses[] = {"hinge", "logistic", "lsgan", "bce", NULL}, *const roles[] = {"real", "fake", "generator", NULL};
-    PyObject *logits;
+    PyObject *logits, *values = NULL;
     const char *loss_given, *role_given;
-    double weight = 1.0, value = 0;
+    double weight = 1.0, *kept;
     core_dims d = {0};
     int result = -1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oss|d:adversarial_loss", names, &logits, &loss_given, &role_given, &weight)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oss|d$O:adversarial_loss", names, &logits, &loss_given, &role_given, &weight, &values))
+        return NULL;
     int loss = choose(loss_given, "loss", losses, "'hinge', 'logistic', 'lsgan' or 'bce'");
     int role = loss < 0 ? -1 : choose(role_given, "role", roles, "'real', 'fake' or 'generator'");
     if (role < 0 || core_finite(weight, "weight") < 0 || !core_input(logits, "logits", "*", &d)) return NULL;
+    if (core_doubles(values, "values", 3, &d, &kept) < 0) return NULL;
     PyObject *dlogits = core_new_like(logits, 0);
-    if (dlogits)
-        CORE_KERNEL(result, &d, adversarial_loss, &value, core_data(dlogits), core_data(logits), (ladd_loss)loss, (ladd_role)role, (float)weight,
-                    DIM(&d, '*'));
+    core_call call;
+    core_result computed;
+    if (dlogits) result = core_begin(&call, NULL, d.device, d.act);
+    if (result == 0) {
+        ladd_status status = core_result_begin(&call, &computed, kept);
+        if (status == LADD_OK)
+            status = call.ctx.backend->adversarial_loss(&call.ctx, computed.data, core_data(dlogits), core_data(logits), (ladd_loss)loss,
+                                                        (ladd_role)role, (float)weight, DIM(&d, '*'));
+        result = core_end(&call, core_result_end(&call, &computed, status));
+    }
     if (result < 0) Py_CLEAR(dlogits);
-    return dlogits ? Py_BuildValue("dN", value, dlogits) : NULL;
+    if (!dlogits) return NULL;
+    return kept ? Py_BuildValue("ON", Py_None, dlogits) : Py_BuildValue("dN", computed.values[0], dlogits);
 }
 
 static PyMethodDef functions[] = {
@@ -187,7 +202,9 @@ static PyMethodDef functions[] = {
     CORE_METHOD("predict_x0", predict_x0, "(x, v, t, *, out=None) -> x - t v"),
     CORE_METHOD("row_scale", row_scale, "(x, factor, *, out=None) -> factor x"),
     CORE_METHOD("euler_step", euler_step, "(x, v, sigma, sigma_next, *, out=None) -> x + (sigma_next - sigma) v"),
-    CORE_METHOD("adversarial_loss", adversarial_loss, "(logits, loss, role, weight=1.0) -> (mean loss, dlogits)"),
+    CORE_METHOD("adversarial_loss", adversarial_loss,
+                "(logits, loss, role, weight=1.0, *, values=None) -> (mean loss, dlogits); or mean loss, mean logit and share beyond the margin into "
+                "values, and (None, dlogits)"),
     {NULL, NULL, 0, NULL},
 };
 

@@ -219,7 +219,7 @@ static PyObject *timestep_features(PyObject *module, PyObject *args, PyObject *k
     }
     DIM(&d, 'D') = dim;
     PyObject *features = core_output(out, "BD", &d);
-    if (features) CORE_KERNEL(result, &d, timestep_features, core_data(features), core_data(sigma), IDIM(&d, 'B'), dim);
+    if (features) CORE_KERNEL_NUMBERS(result, &d, sigma, timestep_features, core_data(features), CORE_NUMBERS, IDIM(&d, 'B'), dim);
     if (result < 0) Py_CLEAR(features);
     return features;
 }

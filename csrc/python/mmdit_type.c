@@ -145,7 +145,7 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     DIM(&dims, 'C') = config->in_channels;
     DIM(&dims, 'J') = config->joint_attention_dim;
     DIM(&dims, 'P') = config->pooled_projection_dim;
-    if (!core_input(latents, "latents", "BCHW", &dims) || !core_input(sigma, "sigma", "@B", &dims)) return NULL;
+    if (!core_input(latents, "latents", "BCHW", &dims) || !core_times(sigma, "sigma", &dims)) return NULL;
     if (!core_input(context, "context", "BTJ", &dims) || !core_input(pooled, "pooled", "BP", &dims)) return NULL;
     int p = config->patch_size, limit = config->pos_embed_max_size;
     int64_t h = DIM(&dims, 'H') / p, w = DIM(&dims, 'W') / p;
@@ -170,8 +170,12 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     if (!output) goto done;
     if (c.call.keep && !(saved = core_saved_new(self, &dims, c.call.n_taps))) goto done;
     if (core_begin(&call, self->lock, self->device, self->compute) < 0) goto done;
-    ladd_status status = ladd_mmdit_forward(&call.ctx, c.call.n_taps ? NULL : core_data(output), c.call.n_taps ? features : NULL, &kept, self->model,
-                                            &c.call, core_data(latents), core_data(sigma), core_data(context), core_data(pooled));
+    core_numbers times;
+    ladd_status status = core_numbers_begin(&call, &times, sigma);
+    if (status == LADD_OK)
+        status = ladd_mmdit_forward(&call.ctx, c.call.n_taps ? NULL : core_data(output), c.call.n_taps ? features : NULL, &kept, self->model, &c.call,
+                                    core_data(latents), times.data, core_data(context), core_data(pooled));
+    core_numbers_end(&call, &times);
     result = core_forward_end(&call, status, output, saved, kept);
 done:
     Py_XDECREF(output);

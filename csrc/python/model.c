@@ -170,6 +170,15 @@ static PyObject *model_init(PyObject *object, PyObject *argument) {
     Py_RETURN_NONE;
 }
 
+static PyObject *model_ready(PyObject *object, PyObject *unused) {
+    (void)unused;
+    core_model *self = (core_model *)object;
+    core_call call;
+    if (core_begin(&call, self->lock, self->device, self->compute) < 0) return NULL;
+    if (core_end(&call, ladd_params_ready(&call.ctx, self->params)) < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *model_tensors(PyObject *object, PyObject *unused) {
     (void)unused;
     core_model *self = (core_model *)object;
@@ -221,6 +230,7 @@ static PyObject *model_flat_grad(PyObject *object, void *unused) {
 
 static PyMethodDef model_methods[] = {
     {"init", model_init, METH_O, "init(seed): the standard initialisation."},
+    {"ready", model_ready, METH_NOARGS, "ready(): brings the working copy of the weights up to date, as every forward does first."},
     {"tensors", model_tensors, METH_NOARGS, "tensors() -> dict of writable views, one a parameter or buffer, by diffusers name"},
     {"gradients", model_gradients, METH_NOARGS, "gradients() -> dict of writable views, one a trainable parameter; zero on first use"},
     {"trainable_names", model_trainable_names, METH_NOARGS, "trainable_names() -> list of names in the order of flat_trainable"},

@@ -106,6 +106,7 @@ class DeviceArray:
 
 class Model:
     """What all models share. Not to be made directly."""
+    def ready(self) -> None: ...
     def init(self, seed: int) -> None:
         """The standard initialisation; the same seed gives the same weights everywhere."""
     def tensors(self) -> dict[str, _Array]:
@@ -191,6 +192,8 @@ class AutoencoderKL(Model):
         """images[B,Cin,H,W] -> moments[B,2C,H/f,W/f] = mean and log variance (not clamped)."""
     def decode(self, z: _Array, keep: bool = False) -> tuple[_Array, AutoencoderKLSaved | None]:
         """z[B,C,H,W] (unscaled) -> images[B,Cout,H*f,W*f]."""
+    def plan(self, batch: int, height: int, width: int, decode: bool = False, keep: bool = False) -> int:
+        """Bytes of activations of one encode of images of that size, or of a decode to them; keep: that a backward follows."""
 
 @final
 class AutoencoderKLSaved:
@@ -219,13 +222,13 @@ class DiscriminatorSaved:
     def backward(self, dlogits: Sequence[_Array], params: bool = True, features: bool = True) -> list[_Array] | None:
         """-> dfeatures. May be called more than once."""
 
-    def r1(self, weight: float, epsilon: float) -> float:
+    def r1(self, weight: float, epsilon: float, *, out: _Array | None = None) -> float:
         """-> mean over the batch of |d(sum of logits)/d(features)|^2; weight times its derivative is added to the parameters' gradients."""
 
 # ---- kernels: random numbers and diffusion -------------------------------------------------------------------------------------------------------
 
 def normal(
-    shape: Sequence[int], seed: int, purpose: int, step: int = 0, samples: _Samples | None = None, *, out: _Array | None = None
+    shape: Sequence[int], seed: int, purpose: int, step: int | _Array = 0, samples: _Samples | None = None, *, out: _Array | None = None
 ) -> _Array:
     """Standard normal numbers of Philox keyed by (seed, purpose, step); row b is drawn for sample samples[b] (default 0, 1, ...)."""
 
@@ -235,7 +238,7 @@ def renoise(
     t: _Array,
     seed: int,
     purpose: int,
-    step: int = 0,
+    step: int | _Array = 0,
     samples: _Samples | None = None,
     return_noise: Literal[False] = False,
     *,
@@ -249,7 +252,7 @@ def renoise(
     t: _Array,
     seed: int,
     purpose: int,
-    step: int = 0,
+    step: int | _Array = 0,
     samples: _Samples | None = None,
     *,
     return_noise: Literal[True],
@@ -268,9 +271,17 @@ def euler_step(x: _Array, v: _Array, sigma: float, sigma_next: float, *, out: _A
     """x + (sigma_next - sigma) v. In place allowed."""
 
 def adversarial_loss(
-    logits: _Array, loss: Literal["hinge", "logistic", "lsgan", "bce"], role: Literal["real", "fake", "generator"], weight: float = 1.0
+    logits: _Array,
+    loss: Literal["hinge", "logistic", "lsgan", "bce"],
+    role: Literal["real", "fake", "generator"],
+    weight: float = 1.0,
+    *,
+    values: _Array | None = None,
 ) -> tuple[float, _Array]:
-    """-> mean loss over all logits, dlogits = the gradient of that mean times weight."""
+    """-> mean loss over all logits, dlogits = the gradient of that mean times weight.
+
+    values: three float64 in pairs of float32 where the logits are. Mean loss, mean logit and the share of logits beyond 1 (fake: -1) go
+    there, nobody waits for them, and None comes in the place of the loss."""
 
 # ---- kernels: flat buffers -----------------------------------------------------------------------------------------------------------------------
 
@@ -286,12 +297,32 @@ def adamw(
     weight_decay: float,
     step: int,
     grad_scale: float = 1.0,
+    *,
+    control: _Array | None = None,
+    rounding: tuple[int, int, int | _Array] | None = None,
 ) -> None:
-    """One step on p, m, v in place, 1-D; m may be None where beta1 is 0. g is multiplied by grad_scale first; step counts from 1."""
+    """One step on p, m, v in place, 1-D; m may be None where beta1 is 0. g is multiplied by grad_scale first; step counts from 1.
 
-def sum_squares(x: _Array) -> float: ...
-def ema(e: _Array, p: _Array, decay: float) -> None:
-    """e = decay e + (1 - decay) p, in place."""
+    control [4], where p is: adamw_control's numbers and g's factor, in the place of lr, weight_decay, step and grad_scale; a factor that
+    is not finite: nothing changes. rounding (seed, purpose, step): p is rounded to bfloat16 at random."""
+
+def adamw_control(lr: float, weight_decay: float, beta1: float, beta2: float, step: float) -> tuple[float, float, float]: ...
+def clip_factor(
+    factor: _Array, norm: _Array, failed: _Array, done: _Array, squares: _Array, checked: _Array | None, max_norm: float, who: int
+) -> None:
+    """factor [1] = min(1, max_norm / norm), norm = sqrt(sum of squares), without a look at them: NaN where norm or one of `checked` is not
+    finite or failed[0] is set. The first such call sets failed = (who, norm); done counts the others. All but factor are float64 in pairs
+    of float32."""
+
+def r1_factors(factors: _Array, penalty: _Array, sums: _Array, weight: float, epsilon: float, scale: float) -> None:
+    """factors [4] = h, -h, weight / h, -weight / h with h = epsilon sqrt(sums[1] / sums[0]), zeros where one of the sums is 0; penalty +=
+    scale sums[0]. penalty and sums are float64 in pairs of float32."""
+
+def sum_squares(x: _Array, *, out: _Array | None = None) -> float:
+    """out: a float64 in a pair of float32 where x is; then nobody waits, and None comes back."""
+
+def ema(e: _Array, p: _Array, decay: float, *, control: _Array | None = None) -> None:
+    """e = decay e + (1 - decay) p, in place. control [2], where e is: the decay, and a number that is not finite where nothing shall change."""
 
 def zero(y: _Array) -> None: ...
 def copy(x: _Array, *, out: _Array | None = None) -> _Array: ...

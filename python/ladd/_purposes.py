@@ -26,6 +26,8 @@ TEACHER_NOISE = 15
 DISC_INIT = 16
 GUIDANCE = 17
 VALIDATION = 18
+ROUNDING = 32  # of weights, with the number of the optimizer's buffer added
+ROUNDING_HEADS = 48
 
 _U64 = (1 << 64) - 1
 

@@ -154,6 +154,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--guidance-scale", type=float, metavar="G", help="of the guided rows (default: the teacher's own)")
     sub.add_argument("--batch", type=int, metavar="N", help="pictures computed at once (default: 32)")
     sub.add_argument("--classifier", type=Path, metavar="DIR", help="the feature network (default: the shipped one)")
+    _add_device(sub)
 
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
@@ -253,6 +254,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     names = ("pictures", "held_out_pictures", "seeds", "splits", "guidance_scale", "batch", "classifier")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given |= _place(options)
     result = evaluate.run(options.model, options.out, progress=sys.stderr.isatty(), **given)
     print(evaluate.markdown(result))
 

@@ -398,6 +398,9 @@ class AdamWConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # largest norm of the gradient; 0: not clipped
     warmup_steps: int = 0  # the rate rises from 0 over this many updates
+    # Weights are rounded to bfloat16 after each update, up or down at random so that the mean is kept: what is trained is exactly what a
+    # bfloat16 checkpoint holds. The same bits on CPU and GPU.
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         _float(self, "lr", 0.0)
@@ -407,6 +410,7 @@ class AdamWConfig:
         _float(self, "weight_decay", 0.0)
         _float(self, "clip_norm", 0.0)
         _int(self, "warmup_steps", 0)
+        _bool(self, "stochastic_rounding")
 
     def rate(self, step: int) -> float:
         """Learning rate of update `step`, counted from 1."""

@@ -147,10 +147,10 @@ def full_like(value: Any, number: float) -> Any:
     return as_array(host, "value", device=value.device, dtype=value.dtype) if isinstance(value, DeviceArray) else host
 
 
-def sum_squares(value: Any) -> float:
-    """Sum of squares, whatever the type and place; waits for it."""
+def sum_squares(value: Any, *, out: Any) -> None:
+    """Sum of squares, whatever the type and place, into `out`: a float64 in a pair of float32 there."""
     wide: Any = value.astype("float32") if isinstance(value, DeviceArray) and value.dtype != "float32" else value
-    return _core.sum_squares(wide)
+    _core.sum_squares(wide, out=out)
 
 
 def roll_rows(value: Any) -> Any:

@@ -17,9 +17,8 @@ static std::vector<float> ladd_emulated_matrix(const ladd_context *ctx, const vo
     return y;
 }
 
-ladd_status ladd_cuda_gemm(const ladd_context *ctx, const ladd_product *p, int *applied) {
+static void ladd_emulated_product(const ladd_context *ctx, const ladd_product *p) {
     ladd_emulator::HostAccess access;
-    *applied = p->epilogue == LADD_EPILOGUE_NONE;
     const std::vector<float> a = ladd_emulated_matrix(ctx, p->a, p->M, p->K, p->a_transposed);
     const std::vector<float> b = ladd_emulated_matrix(ctx, p->b, p->N, p->K, !p->b_transposed);
     for (size_t m = 0; m < (size_t)p->M; m++)
@@ -34,6 +33,16 @@ ladd_status ladd_cuda_gemm(const ladd_context *ctx, const ladd_product *p, int *
             else
                 ((__half *)p->c)[at] = ladd_from_float<__half>((float)sum);
         }
+}
+
+/* Done at once, or kept for the graph that is being recorded. */
+ladd_status ladd_cuda_gemm(const ladd_context *ctx, const ladd_product *p, int *applied) {
+    *applied = p->epilogue == LADD_EPILOGUE_NONE;
+    auto work = [context = *ctx, product = *p] {
+        ladd_emulated_product(&context, &product);
+        return cudaSuccess;
+    };
+    if (!ladd_emulator::captured(work)) work();
     return LADD_OK;
 }
 

@@ -168,14 +168,33 @@ cudaError_t cudaFree(void *block) {
     return set_error(cudaErrorInvalidValue, "");
 }
 
+struct ladd_emulator_graph {
+    std::vector<std::function<cudaError_t()>> work;
+};
+static ladd_emulator_graph *capturing;
+
+/* How often the host waited for the device since the last question: calls that wait, and copies of pageable memory, before which the driver may. */
+static int waits;
+static std::vector<std::pair<char *, size_t>> pinned;
+extern "C" int ladd_emulator_waits() {
+    const int count = waits;
+    waits = 0;
+    return count;
+}
+static bool is_pinned(const void *pointer) {
+    return std::any_of(pinned.begin(), pinned.end(), [=](const auto &p) { return pointer >= p.first && pointer < p.first + p.second; });
+}
+
 cudaError_t cudaMallocAsync(void **block, size_t bytes, cudaStream_t) { return cudaMalloc(block, bytes); }
 cudaError_t cudaFreeAsync(void *block, cudaStream_t) { return cudaFree(block); }
 cudaError_t cudaMallocHost(void **block, size_t bytes) {
     *block = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (*block) pinned.emplace_back(static_cast<char *>(*block), bytes);
     return *block || !bytes ? cudaSuccess : set_error(cudaErrorMemoryAllocation, "");
 }
 cudaError_t cudaHostAlloc(void **block, size_t bytes, unsigned) { return cudaMallocHost(block, bytes); }
 cudaError_t cudaFreeHost(void *block) {
+    pinned.erase(std::remove_if(pinned.begin(), pinned.end(), [=](const auto &p) { return p.first == block; }), pinned.end());
     free(block);
     return cudaSuccess;
 }
@@ -200,6 +219,10 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind 
 }
 static cudaError_t pretended_copy_error();
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    if (kind == cudaMemcpyHostToDevice && !is_pinned(from)) {
+        if (capturing) return set_error(cudaErrorStreamCaptureUnsupported, "a copy of pageable memory in a graph");
+        waits++;
+    }
     if (kind == cudaMemcpyDeviceToHost && pretended_copy_error() != cudaSuccess) return set_error(pretended_copy_error(), "");
     return captured([=] { return cudaMemcpy(to, from, bytes, kind); }) ? cudaSuccess : cudaMemcpy(to, from, bytes, kind);
 }
@@ -218,11 +241,6 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *total = bytes_most;
     return cudaSuccess;
 }
-
-struct ladd_emulator_graph {
-    std::vector<std::function<cudaError_t()>> work;
-};
-static ladd_emulator_graph *capturing;
 
 bool ladd_emulator::captured(std::function<cudaError_t()> work) {
     if (!capturing) return false;
@@ -266,7 +284,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     delete stream;
     return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return capturing ? set_error(cudaErrorStreamCaptureUnsupported, "") : cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    waits++;
+    return capturing ? set_error(cudaErrorStreamCaptureUnsupported, "") : cudaSuccess;
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
     *event = new ladd_emulator_event;
@@ -279,7 +300,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() {
+    waits++;
+    return cudaSuccess;
+}
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_error(cudaErrorInvalidDevice, ""); }
 cudaError_t cudaGetDevice(int *device) {
     *device = 0;

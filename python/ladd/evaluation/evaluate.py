@@ -425,14 +425,14 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_pipelines(model: str | Path) -> dict[str, Pipeline]:
-    """The transformers of a model by name; measured are those named "teacher" and "student"."""
+def load_pipelines(model: str | Path, **place: str) -> dict[str, Pipeline]:
+    """The transformers of a model by name; measured are those named "teacher" and "student". place: device and dtype."""
     from ..pipeline import Pipeline, model_names, pipeline_folder
 
     folder = pipeline_folder(model)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r} with a pipeline (models are read from disk; nothing is downloaded)")
-    found = {name: Pipeline.from_pretrained(folder, model=name) for name in model_names(folder) if name in ("teacher", "student")}
+    found = {name: Pipeline.from_pretrained(folder, model=name, **place) for name in model_names(folder) if name in ("teacher", "student")}
     if not found:
         raise ValueError(f'{folder} must hold a "teacher" or a "student", got {", ".join(model_names(folder))}')
     return found
@@ -453,13 +453,16 @@ def run(
     batch: int = 32,
     classifier: str | Path | None = None,
     pipelines: Mapping[str, Pipeline] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measures a model ("openmoji", a folder, or given `pipelines`) and writes out/evaluation.json and out/evaluation.md.
 
     rows: None: default_rows(), as far as the model has their transformer.
     guidance_scale: of the guided rows; None: the one that the teacher's pipeline was published with. classifier: folder of the
-    feature network, None: the shipped one. -> the settings, a table a split, the bar.
+    feature network, None: the shipped one.
+    device, dtype: where pictures are made; the network that judges them is on the CPU. -> the settings, a table a split, the bar.
     """
     from tqdm.auto import tqdm
 
@@ -474,7 +477,8 @@ def run(
     for count in (pictures, held_out_pictures):
         _check_counts(count, views)
     network = FeatureNetwork.from_pretrained(classifier)
-    pipelines = load_pipelines(model) if pipelines is None else pipelines
+    pipelines = load_pipelines(model, device=device, dtype=dtype) if pipelines is None else pipelines
+    places = sorted({f"{pipe.model.dtype} on {pipe.model.device}" for pipe in pipelines.values()})
     rows = tuple(row for row in default_rows() if row.source in {"real", "vae", *pipelines}) if rows is None else tuple(rows)
     unknown = sorted({row.source for row in rows} - {"real", "vae", *pipelines})
     if unknown:
@@ -493,6 +497,7 @@ def run(
             "reference_pictures": reference_pictures,
             "guidance_scale": guidance_scale,
             "batch": batch,
+            "computed_in": ", ".join(places),
             "threads": _core.get_num_threads(),
             "backend": _core.backend_name(),
             "rows": [asdict(row) for row in rows],

@@ -166,7 +166,12 @@ def run(
         raise ValueError(f"run.image_size must be a multiple of {vae.config.spatial_factor}, got {settings.image_size}")
     train = openmoji.Views(seed=settings.seed, size=settings.image_size)
     if dry_run:
-        print(f"autoencoder: {vae.num_parameters:,} parameters, {len(train.records)} drawings, {settings.steps} steps of {settings.batch}")
+        size, trained = settings.image_size, vae.num_parameters
+        kept = sum(vae._core.plan(settings.batch, size, size, decode=decode, keep=True) for decode in (False, True))  # both at once
+        print(
+            f"autoencoder: {vae.num_parameters:,} parameters, {len(train.records)} drawings, {settings.steps} steps of {settings.batch}\n"
+            f"{common.memory_plan(vae, trained, 0, 0, common.moments_bytes(parts['optimizer'], trained), kept)}"
+        )
         return None
     book = common.Run(out, parts, settings, resume=resume, shown=("loss", "psnr"))
     trainer = AutoencoderTrainer(vae, parts["optimizer"], settings)

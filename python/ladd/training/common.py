@@ -26,9 +26,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _core, files
+from .. import _core, _purposes, files
 from .. import config as configs
 from .. import device as devices
+from .resident import Status, Tally
 
 Array = NDArray[Any]
 State = tuple[dict[str, Array], dict[str, Any]]  # arrays and counters
@@ -36,7 +37,7 @@ State = tuple[dict[str, Array], dict[str, Any]]  # arrays and counters
 WEIGHTS, COUNTERS = "state.safetensors", "state.json"  # a checkpoint's files
 
 # Keys of [run] that steer a run without changing what a step computes: they may differ when a run is resumed.
-CONTROL = ("steps", "max_minutes", "checkpoint_every", "sample_every", "validation_views", "keep")
+CONTROL = ("steps", "max_minutes", "checkpoint_every", "sample_every", "validation_views", "keep", "log_every", "cuda_graph")
 
 
 # ---- optimizer, EMA, schedule -----------------------------------------------------------------------------------------
@@ -48,10 +49,20 @@ class AdamW:
     With beta1 = 0 the first moment would be nothing but the last gradient: then there is none, here and in checkpoints.
     """
 
-    def __init__(self, buffers: Sequence[tuple[Array, Array]], config: configs.AdamWConfig, name: str) -> None:
+    def __init__(
+        self,
+        buffers: Sequence[tuple[Array, Array]],
+        config: configs.AdamWConfig,
+        name: str,
+        *,
+        seed: int = 0,
+        purpose: int = _purposes.ROUNDING,
+    ) -> None:
+        """seed and purpose: of the random numbers with which weights are rounded, if the configuration says so."""
         self.buffers = list(buffers)
         self.config = config
         self.name = name
+        self._seed, self._purpose = seed, purpose
         self.m = [devices.zeros_like(p) if config.beta1 else None for p, _ in self.buffers]
         self.v = [devices.zeros_like(p) for p, _ in self.buffers]
         self.updates = 0
@@ -61,8 +72,11 @@ class AdamW:
         for _, g in self.buffers:
             _core.zero(g)
 
-    def update(self, scale: float = 1.0) -> float:
-        """One update from the accumulated gradients; `scale` multiplies the rate. Returns the norm before clipping."""
+    def update(self, scale: float = 1.0, key: int | None = None) -> float:
+        """One update from the accumulated gradients; `scale` multiplies the rate. Returns the norm before clipping.
+
+        key: of stochastic rounding's numbers, another one at each update; default: the update's number.
+        """
         norm = math.sqrt(sum(_core.sum_squares(g) for _, g in self.buffers))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient of {self.name} is {norm} at update {self.updates + 1}; nothing was updated")
@@ -70,9 +84,33 @@ class AdamW:
         clip = min(1.0, c.clip_norm / norm) if c.clip_norm and norm > 0 else 1.0
         self.updates += 1
         rate = c.rate(self.updates) * scale
-        for (p, g), m, v in zip(self.buffers, self.m, self.v, strict=True):
-            _core.adamw(p, m, v, g, rate, c.beta1, c.beta2, c.eps, c.weight_decay, self.updates, clip)
+        key = self.updates if key is None else key
+        for i, ((p, g), m, v) in enumerate(zip(self.buffers, self.m, self.v, strict=True)):
+            _core.adamw(p, m, v, g, rate, c.beta1, c.beta2, c.eps, c.weight_decay, self.updates, clip, rounding=self._rounding(i, key))
         return norm
+
+    def _rounding(self, buffer: int, key: Any) -> tuple[int, int, Any] | None:
+        return (self._seed, self._purpose + buffer, key) if self.config.stochastic_rounding else None
+
+    def control(self, scale: float, ahead: int = 0) -> Array:
+        """What `queue` needs of the next update (or of the one `ahead` of it): AdamW's numbers of this step, and room for the clip."""
+        c, step = self.config, self.updates + 1 + ahead
+        return np.array([*_core.adamw_control(c.rate(step) * scale, c.weight_decay, c.beta1, c.beta2, step), 1.0], np.float32)
+
+    def queue(self, control: Any, tally: Tally, start: int, name: str, status: Status, who: int, key: Any) -> None:
+        """The same update on a device, which decides by itself: nothing is waited for.
+
+        control [4] is there; so are the step's numbers, of which those from `start` on must be finite as the norm must; `name` is the
+        norm's metric. `who` becomes the status where not all are finite: then nothing is updated. `updates` is for the caller to count.
+        """
+        c = self.config
+        checked = tally.memory(start, tally.used) if tally.used > start else None
+        place, squares = tally.take(len(self.buffers))
+        for i, (_, g) in enumerate(self.buffers):
+            _core.sum_squares(g, out=tally.memory(place + i, place + i + 1))
+        _core.clip_factor(control[3:], tally.number(name), status.failed, status.done[who - 1], squares, checked, c.clip_norm, who)
+        for i, ((p, g), m, v) in enumerate(zip(self.buffers, self.m, self.v, strict=True)):
+            _core.adamw(p, m, v, g, 0.0, c.beta1, c.beta2, c.eps, 0.0, 1, control=control, rounding=self._rounding(i, key))
 
     def state(self) -> State:
         return self._moments(), {"updates": self.updates}
@@ -102,9 +140,21 @@ class EMA:
 
     def update(self) -> None:
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for e, p in zip(self.values, self.buffers, strict=True):
-            _core.ema(e, p, decay)
+            _core.ema(e, p, self._decay(self.updates))
+
+    def _decay(self, update: int) -> float:
+        return min(self.decay, (1 + update) / (10 + update))
+
+    def control(self) -> Array:
+        """What `queue` needs of the next update: its decay, and room for whether to make it."""
+        return np.array([self._decay(self.updates + 1), 1.0], np.float32)
+
+    def queue(self, control: Any, optimizer: Any) -> None:
+        """The same on a device, unless the optimizer with that control made no update. `updates` is for the caller to count."""
+        control[1:][...] = optimizer[3:]
+        for e, p in zip(self.values, self.buffers, strict=True):
+            _core.ema(e, p, 0.0, control=control)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -395,10 +445,18 @@ class Run:
             self._bar.total = self.steps
             tqdm_write(f"{seconds:.3f} s a step: {self.steps} steps fit into {self.settings.max_minutes:g} minutes")
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the chosen ones and the speed beside the bar."""
+    def log_all(self, steps: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Several steps at once, such as a GPU made them while nobody looked; the first look at their metrics waits for them."""
+        for _, metrics in steps:
+            len(metrics)
+        seconds = (time.perf_counter() - self._last) / max(1, len(steps))
+        for step, metrics in steps:
+            self.log(step, metrics, seconds)
+
+    def log(self, step: int, metrics: Mapping[str, Any], seconds: float | None = None) -> None:
+        """One line of metrics.jsonl, and the chosen ones and the speed beside the bar. seconds: since the last logged step, unless given."""
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        seconds, self._last = now - self._last if seconds is None else seconds, now
         speed = self.settings.batch / max(seconds, 1e-9)
         line = {"step": step, **metrics, "samples_per_second": round(speed, 4), "seconds": round(seconds, 4)}
         self._metrics.write(json.dumps(line) + "\n")
@@ -411,10 +469,14 @@ class Run:
         """Whether something done `every` so many steps (0: never) is due, as it always is at the end."""
         return every > 0 and (step % every == 0 or step == self.steps)
 
+    def saves(self, step: int) -> bool:
+        """Whether `checkpoint` will save: when due, and after Ctrl-C."""
+        due = self.due(step, self.settings.checkpoint_every) and (self._planned or step == self.steps)
+        return due or self._stop
+
     def checkpoint(self, step: int, trainer: Trainer) -> None:
         """Saves when due or after Ctrl-C, and removes all but the last ones."""
-        due = self.due(step, self.settings.checkpoint_every) and (self._planned or step == self.steps)
-        if not due and not self._stop:
+        if not self.saves(step):
             return
         self._metrics.flush()
         os.fsync(self._metrics.fileno())

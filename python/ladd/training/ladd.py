@@ -32,63 +32,41 @@ from ..models import AutoencoderKL, Discriminator, MMDiT
 from ..sampling import METHODS
 from ..weights import STEM, sha256
 from . import common
+from .resident import (
+    Batch,
+    Draws,
+    FakePass,
+    Inputs,
+    LateMetrics,
+    Metrics,
+    Numbers,
+    Part,
+    Recorded,
+    Status,
+    StudentPass,
+    Tally,
+    add_logit_metrics,
+)
 from .watch import Watch
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 Array = NDArray[Any]
-Metrics = dict[str, float]
 
+DISCRIMINATOR, STUDENT = 1, 2  # who a device says has failed
+GRAPHS = 4  # recorded steps that are kept: one a shape of the batch, and with R1 another one
 NOISE_CHECKS = 4  # the first batches of "real" latents are held against N(0, 1) noise
-
-
-@dataclass
-class Draws:
-    """The random scalars of one pass; arrays of noise are drawn by key where they are used."""
-
-    key: int
-    t: Array  # [B] student times
-    t_hat_fake: Array  # [B]
-    t_hat_real: Array  # [B]
-
-    def rows(self, part: slice) -> Draws:
-        return Draws(self.key, self.t[part], self.t_hat_fake[part], self.t_hat_real[part])
-
-
-@dataclass
-class Part:
-    """Some rows of a batch, and their place in it: noise is keyed by the place, so it does not depend on the split."""
-
-    latents: Array  # [b,C,H,W]
-    context: Array  # [b,T,J]
-    pooled: Array  # [b,P]
-    other_context: Array  # [b,T,J] text of the picture before it in the batch
-    other_pooled: Array  # [b,P]
-    noise: Array | None  # [b,C,H,W] what the teacher started from; None: unknown
-    samples: Array  # [b] int64
-    share: float  # b / B
-    draws: Draws
-
-
-@dataclass
-class StudentPass:
-    x0: Array
-    saved: Any
-
-
-@dataclass
-class FakePass:
-    features: list[Array]
-    noised: Array
-    saved: Any
 
 
 class LADD:
     """The training step. student and teacher: MMDiT; the student is trained in place, the teacher is only read.
 
     Raises ValueError where the three do not fit together and for latents that are noise, and FloatingPointError (naming what)
-    when a loss or gradient is not finite: then nothing was updated in that half of the step.
+    when a loss or gradient is not finite: then nothing was updated in that half of the step, nor by any step queued behind it.
+
+    On a GPU a step is queued and not waited for: its metrics wait when they are looked at, and tell then what was not finite.
+    cuda_graph: the second step of a shape is recorded, and all that follow replay it; the results are the same bits.
     """
 
     def __init__(
@@ -99,6 +77,7 @@ class LADD:
         config: LADDConfig | Mapping[str, Any] | None = None,
         *,
         allow_noise_latents: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         self.student, self.teacher, self.discriminator = student, teacher, discriminator
         self.config = config if isinstance(config, LADDConfig) else configs.from_dict(LADDConfig, {} if config is None else config)
@@ -106,12 +85,25 @@ class LADD:
         self._check_models()
         self.loss = losses.by_name(self.config.loss)
         d, g = discriminator._core, student._core
-        self.discriminator_optimizer = common.AdamW([(d.flat_trainable, d.flat_grad)], self.config.discriminator, "the discriminator")
-        self.student_optimizer = common.AdamW([(g.flat_trainable, g.flat_grad)], self.config.student, "the student")
+        seed = self.config.seed
+        self.discriminator_optimizer = common.AdamW(
+            [(d.flat_trainable, d.flat_grad)], self.config.discriminator, "the discriminator", seed=seed, purpose=_purposes.ROUNDING_HEADS
+        )
+        self.student_optimizer = common.AdamW(
+            [(g.flat_trainable, g.flat_grad)], self.config.student, "the student", seed=seed, purpose=_purposes.ROUNDING
+        )
         self.ema = common.EMA([g.flat_trainable], self.config.ema_decay)
         self.rate_scale = 1.0
         self.iteration = 0  # student updates
         self.passes = 0  # draws of times and noise
+        self._device = student._device
+        if cuda_graph and self._device is None:
+            raise ValueError("cuda_graph needs models on a CUDA device, got models on the CPU")
+        self._graphs: dict[Any, Recorded | None] | None = {} if cuda_graph else None
+        self._inputs = Inputs(self._device)
+        self._tallies: dict[int, Tally] = {}
+        self._status = Status(self._device, 2)
+        self._mark()
 
     def __repr__(self) -> str:
         return f"<ladd.LADD of {self.student!r}, {self.discriminator!r}, {self.iteration} updates>"
@@ -154,31 +146,121 @@ class LADD:
         for pair_weight. rate_scale multiplies both learning rates (a schedule).
         """
         self.rate_scale = rate_scale
-        batch = self._batch(latents, context, pooled, noise)
-        for _ in range(self.config.d_steps - 1):
-            self._update_discriminator(batch)
-        parts = self._parts(batch, self._next_draws(len(batch[0])))
-        if len(parts) > 1:  # the passes of all parts cannot be kept at once: the heads' update comes between
-            return {**self._discriminator_half(parts), **self._student_half(parts)}
-        part = parts[0]
-        student = self._student_pass(part)
-        fake = self._fake_pass(part, student.x0, keep=True)
-        metrics = self._discriminator_half(parts, fake)
-        return {**metrics, **self._student_half(parts, (student, fake))}
+        return self._run(latents, context, pooled, noise, heads=True, student=True)
 
     def discriminator_step(self, latents: Any, context: Any, pooled: Any) -> Metrics:
         """One update of the heads alone."""
-        return self._update_discriminator(self._batch(latents, context, pooled, None))
+        return self._run(latents, context, pooled, None, heads=True, student=False)
 
     def student_step(self, latents: Any, context: Any, pooled: Any, *, noise: Any = None) -> Metrics:
         """One update of the student alone."""
-        batch = self._batch(latents, context, pooled, noise)
-        return self._student_half(self._parts(batch, self._next_draws(len(batch[0]))))
+        return self._run(latents, context, pooled, noise, heads=False, student=True)
 
-    def _update_discriminator(self, batch: tuple[Array, Array, Array, Array | None]) -> Metrics:
-        return self._discriminator_half(self._parts(batch, self._next_draws(len(batch[0]))))
+    def _run(self, latents: Any, context: Any, pooled: Any, noise: Any, *, heads: bool, student: bool) -> Metrics:
+        batch = self._batch(latents, context, pooled, noise, pairs=student)
+        d_updates = (self.config.d_steps if student else 1) if heads else 0
+        draws = [self._next_draws(len(batch[0])) for _ in range(max(1, d_updates))]
+        first = self.discriminator_optimizer.updates
+        r1_due = tuple(self.config.r1_weight > 0 and (first + i) % self.config.r1_interval == 0 for i in range(d_updates))
+        numbers = self._numbers(draws, self._differs(context, pooled, batch), d_updates, student)
+        if self._device is None:
+            return self._compute(batch, numbers, r1_due, student).metrics()
+        key = (tuple(None if x is None else x.shape for x in batch), r1_due)
+        recorded = self._graphs is not None and d_updates == self.config.d_steps and student
+        tally = self._replay(key, batch, numbers, r1_due) if recorded else self._compute(batch, numbers, r1_due, student)
+        self.discriminator_optimizer.updates += d_updates
+        if student:
+            self.student_optimizer.updates += 1
+            self.ema.updates += 1
+            self.iteration += 1
+        self._queued.append((self.discriminator_optimizer.updates, self.iteration, self.passes))
+        return LateMetrics(self._status, tally, self._check)
 
-    def _batch(self, latents: Any, context: Any, pooled: Any, noise: Any) -> tuple[Array, Array, Array, Array | None]:
+    def _compute(self, batch: Batch, numbers: Numbers, r1_due: tuple[bool, ...], student: bool) -> Tally:
+        """The updates themselves. On a device nothing here waits, and all that differs from step to step is read from `numbers`."""
+        tally = self._tally(len(batch[0]))
+        for draws, due, rates in zip(numbers.draws[:-1], r1_due, numbers.rates):
+            self._discriminator_half(self._parts(batch, draws, numbers.differs), due, rates, tally)
+            tally.forget()
+        parts = self._parts(batch, numbers.draws[-1], numbers.differs)
+        passes = None
+        if r1_due and student and len(parts) == 1:  # the passes of several parts cannot be kept at once: the heads' update comes between
+            first = self._student_pass(parts[0])
+            passes = first, self._fake_pass(parts[0], first.x0, keep=True)
+        if r1_due:
+            self._discriminator_half(parts, r1_due[-1], numbers.rates[len(r1_due) - 1], tally, passes[1] if passes else None)
+        if student:
+            self._student_half(parts, numbers.rates[-1], numbers.decay, tally, passes)
+        for model in (self.student, self.discriminator):
+            model._core.ready()  # here, so that a step begins and ends with fresh working copies, recorded or not
+        return tally
+
+    def _tally(self, batch: int) -> Tally:
+        c = self.config
+        parts = -(-batch // (c.micro_batch or batch))
+        count = (c.d_steps * (10 * len(self.discriminator.config.taps) + 6) + 8) * parts
+        if count not in self._tallies:
+            self._tallies[count] = Tally(self._device, count)
+        self._tallies[count].begin()
+        return self._tallies[count]
+
+    def _replay(self, key: Any, batch: Batch, numbers: Numbers, r1_due: tuple[bool, ...]) -> Tally:
+        """The step as it was recorded, on this batch. The first step of a kind is not recorded: libraries open and plans are made in it."""
+        graphs, models = self._graphs, (self.student, self.teacher, self.discriminator)
+        assert graphs is not None
+        if key not in graphs:
+            if len(graphs) == GRAPHS:
+                graphs.clear()
+            graphs[key] = None
+            return self._compute(batch, numbers, r1_due, student=True)
+        recorded = graphs[key]
+        for model in models:
+            model._core.ready()  # weights that were loaded or written since
+        if recorded is None:
+            z, y, p, e = batch
+            held = z.copy(), y.copy(), p.copy(), None if e is None else e.copy()
+            with devices.record(self.student.device) as graph:
+                tally = self._compute(held, numbers, r1_due, student=True)
+            recorded = graphs[key] = Recorded(graph, held, tally.alias())
+        for to, given in zip(recorded.batch, batch, strict=True):
+            if to is not None:
+                to[...] = given
+        recorded.graph.replay()
+        return recorded.tally
+
+    # ---- what a device decides, and when the host hears of it ----
+
+    def _mark(self) -> None:
+        """The host's counters are those of the device, which begins to count at 0."""
+        self._base = (self.discriminator_optimizer.updates, self.iteration)
+        self._queued: list[tuple[int, int, int]] = []  # counters behind each step since
+
+    def check(self) -> None:
+        """Waits for all steps and raises FloatingPointError if one met a number that was not finite; the counters are then those of that
+        step, as on the CPU, and training may go on."""
+        if self._device is not None:
+            self._check(*self._status.read())
+
+    def _check(self, who: int, norm: float, done: list[int]) -> None:
+        heads, iteration = self._base[0] + done[0], self._base[1] + done[1]
+        later = [counters for counters in self._queued if counters[0] > heads or counters[1] > iteration]
+        if not who:
+            self._queued = later
+            return
+        if not later:
+            return  # told already
+        self.passes = later[0][2]
+        self.discriminator_optimizer.updates = heads
+        self.iteration = self.student_optimizer.updates = self.ema.updates = iteration
+        self._status.reset()
+        self._mark()
+        name = {DISCRIMINATOR: "discriminator", STUDENT: "student"}[who]
+        raise FloatingPointError(
+            f"the {name}'s loss or gradient is not finite at iteration {iteration + 1} (norm of the gradient {norm}); "
+            "nothing was updated from it"
+        )
+
+    def _batch(self, latents: Any, context: Any, pooled: Any, noise: Any, pairs: bool = True) -> Batch:
         c, put = self.student.config, self.student._array
         z = put(latents, "latents", ("B", c.in_channels, "H", "W"), finite=True)
         patch = math.lcm(c.patch_size, self.teacher.config.patch_size)
@@ -187,16 +269,26 @@ class LADD:
         y = put(context, "context", (len(z), "T", c.joint_attention_dim), finite=True)
         p = put(pooled, "pooled", (len(z), c.pooled_projection_dim), finite=True)
         e = None if noise is None else put(noise, "noise", z.shape, finite=True)
-        if self.config.pair_weight and e is None:
+        if self.config.pair_weight and e is None and pairs:
             raise ValueError("pair_weight needs noise=: what the teacher sampled each latent from")
-        if self.passes < NOISE_CHECKS and not self.allow_noise_latents and looks_like_noise(seen := devices.to_host(z)):
-            raise ValueError(
-                f"latents look like standard normal noise (mean {seen.mean():.3f}, deviation {seen.std():.3f}, neighbours uncorrelated), "
-                "not like pictures; pass allow_noise_latents=True if that is meant"
-            )
+        if self.passes < NOISE_CHECKS and not self.allow_noise_latents:
+            seen = latents if isinstance(latents, np.ndarray) else devices.to_host(z)
+            if looks_like_noise(seen):
+                raise ValueError(
+                    f"latents look like standard normal noise (mean {seen.mean():.3f}, deviation {seen.std():.3f}, neighbours uncorrelated), "
+                    "not like pictures; pass allow_noise_latents=True if that is meant"
+                )
         if self.config.misaligned_weight and len(z) < 2:
             raise ValueError("misaligned_weight needs at least two pictures a batch, got 1")
         return z, y, p, e
+
+    def _differs(self, context: Any, pooled: Any, batch: Batch) -> Array:
+        """Where the picture before it in the batch has another text. Text that comes from a device is waited for."""
+        if not self.config.misaligned_weight:
+            return np.ones(len(batch[0]), np.float32)
+        y, p = (x if isinstance(x, np.ndarray) else devices.to_host(there) for x, there in ((context, batch[1]), (pooled, batch[2])))
+        differs: Array = (y != np.roll(y, 1, axis=0)).any(axis=(1, 2)) | (p != np.roll(p, 1, axis=0)).any(axis=1)
+        return differs.astype(np.float32)
 
     def _next_draws(self, batch: int) -> Draws:
         c, key = self.config, self.passes
@@ -206,42 +298,53 @@ class LADD:
         t = _purposes.generator(c.seed, _purposes.STUDENT_TIME, key).choice(
             np.array(times, np.float32), batch, p=np.array(probabilities) / sum(probabilities)
         )
+        t = t.astype(np.float32)
         normal = _purposes.generator(c.seed, _purposes.T_HAT, key).standard_normal((2, batch))
         t_hat = (1 / (1 + np.exp(-(c.t_hat_mean + c.t_hat_std * normal)))).astype(np.float32)
-        return Draws(key, t.astype(np.float32), t_hat[0], t_hat[0] if c.share_t_hat else t_hat[1])
+        paired = ((t == 1) | (c.pair_times == "all")) & (c.pair_weight > 0)
+        rest = 1 - t_hat[0]
+        return Draws(key, t, t_hat[0], t_hat[0] if c.share_t_hat else t_hat[1], paired.astype(np.float32), -t, rest, np.sqrt(rest))
 
-    def _parts(self, batch: tuple[Array, Array, Array, Array | None], draws: Draws) -> list[Part]:
+    def _numbers(self, draws: list[Draws], differs: Array, d_updates: int, student: bool) -> Numbers:
+        """All that differs from step to step, on the device in one copy; on the CPU rates and decay are the optimizers' own."""
+        if self._device is None:
+            return Numbers(draws, differs, [None] * (d_updates + student), None)
+        rates = [self.discriminator_optimizer.control(self.rate_scale, ahead=i) for i in range(d_updates)]
+        rates += [self.student_optimizer.control(self.rate_scale)] * student
+        each = len(draws[0].arrays())
+        keys = [np.array([d.key], np.uint64) for d in draws]
+        arrays = [*keys, *rates, self.ema.control(), differs, *(x for d in draws for x in d.arrays())]
+        there = iter(self._inputs(arrays))
+        counters, placed, decay, where = [next(there) for _ in keys], [next(there) for _ in rates], next(there), next(there)
+        return Numbers([Draws(counter, *(next(there) for _ in range(each))) for counter in counters], where, placed, decay)
+
+    def _parts(self, batch: Batch, draws: Draws, differs: Any = None) -> list[Part]:
         z, y, p, e = batch
         n = self.config.micro_batch or len(z)
-        other_y, other_p = devices.roll_rows(y), devices.roll_rows(p)  # over the batch, so that the split does not matter
+        # Over the batch, so that the split does not matter.
+        other_y, other_p = (devices.roll_rows(x) for x in (y, p)) if self.config.misaligned_weight else (y, p)
         out = []
         for i in range(0, len(z), n):
             rows = slice(i, min(i + n, len(z)))
             samples = np.arange(rows.start, rows.stop, dtype=np.int64)
-            text = (y[rows], p[rows], other_y[rows], other_p[rows])
-            out.append(Part(z[rows], *text, None if e is None else e[rows], samples, len(samples) / len(z), draws.rows(rows)))
+            text = (y[rows], p[rows], other_y[rows], other_p[rows], None if differs is None else differs[rows])
+            out.append(Part(z[rows], *text, samples, len(samples) / len(z), draws.rows(rows), None if e is None else e[rows]))
         return out
 
     # ---- passes through the networks ----
 
     def _student_pass(self, part: Part, keep: bool = True) -> StudentPass:
-        t = part.draws.t
-        paired = self._paired(t)
-        if part.noise is not None and paired.all():
-            x_t = _core.interpolate(part.latents, part.noise, t)
+        """The student's x0. With pair_weight, rows that are paired start from the noise that the teacher's picture came from."""
+        t, c = part.draws.t, self.config
+        noise = part.noise if c.pair_weight else None
+        if noise is not None and c.pair_times == "all":
+            x_t = _core.interpolate(part.latents, noise, t)
         else:
-            x_t = _core.renoise(part.latents, t, self.config.seed, _purposes.STUDENT_NOISE, part.draws.key, part.samples)
-            if part.noise is not None:
-                for i in np.flatnonzero(paired):
-                    x_t[i : i + 1] = part.noise[i : i + 1]
+            x_t = _core.renoise(part.latents, t, c.seed, _purposes.STUDENT_NOISE, part.draws.key, part.samples)
+            if noise is not None:  # t is 1 there: the noise itself
+                x_t = _core.interpolate(x_t, noise, part.draws.paired)
         v, saved = self.student._core.forward(x_t, t, part.context, part.pooled, keep=keep)
         return StudentPass(_core.predict_x0(x_t, v, t), saved)
-
-    def _paired(self, t: Array) -> NDArray[np.bool_]:
-        """Which rows [B] start from the noise that the teacher's picture came from: those that pair_weight compares with this picture."""
-        c = self.config
-        paired: NDArray[np.bool_] = (t == 1) | (c.pair_times == "all")
-        return paired & (c.pair_weight > 0)
 
     def _features(self, noised: Array, t_hat: Array, part: Part, keep: bool) -> tuple[list[Array], Any]:
         taps = self.discriminator.config.taps
@@ -266,87 +369,98 @@ class LADD:
 
     # ---- the two halves ----
 
-    def _discriminator_half(self, parts: list[Part], fake: FakePass | None = None) -> Metrics:
+    def _judge(
+        self, logits: list[Any], role: losses.Role, name: str, part: Part, tally: Tally, weight: float = 1.0
+    ) -> tuple[list[int], list[Any]]:
+        """The loss of all heads' logits goes to metrics[name]. Returns where their numbers are, and the gradients times `weight`."""
+        places, gradients = [], []
+        for x in logits:
+            place, memory = tally.take(3)  # the loss, the mean logit, the share of logits beyond the margin
+            _, d = _core.adversarial_loss(x, self.loss.name, role, weight / len(logits), values=memory)
+            tally.add(name, place, part.share / len(logits))
+            places.append(place)
+            gradients.append(d)
+        return places, gradients
+
+    def _discriminator_half(self, parts: list[Part], r1_due: bool, rates: Any, tally: Tally, fake: FakePass | None = None) -> None:
         """Hinge (or another loss) on real and fake features, backward into the heads only, AdamW. Nothing reaches teacher or student."""
         c = self.config
         _core.zero(self.discriminator._core.flat_grad)
-        r1_due = c.r1_weight > 0 and self.discriminator_optimizer.updates % c.r1_interval == 0
-        total: Metrics = {}
+        start = tally.used
         for i, part in enumerate(parts):
             given = fake or self._fake_pass(part, self._student_pass(part, keep=False).x0, keep=False)
             real, _ = self._features(self._renoised_real(part), part.draws.t_hat_real, part, keep=False)
             logits_real, saved_real = self._heads(real, part.draws.t_hat_real, part, update_u=i == 0)
             logits_fake, saved_fake = self._heads(given.features, part.draws.t_hat_fake, part)
-            value, dreal, dfake = self.loss.discriminator(logits_real, logits_fake)
+            on_real, dreal = self._judge(logits_real, "real", "loss_d", part, tally)
+            on_fake, dfake = self._judge(logits_fake, "fake", "loss_d", part, tally)
             saved_real.backward([_core.scale(d, part.share) for d in dreal], features=False)
             saved_fake.backward([_core.scale(d, part.share) for d in dfake], features=False)
-            metrics = {"loss_d": value, **_logit_metrics(logits_real, logits_fake)}
+            add_logit_metrics(tally, on_real, on_fake, part.share)
             if c.misaligned_weight:
-                metrics["loss_misaligned"] = self._misaligned(part)
+                self._misaligned(part, tally)
             if r1_due:
                 # ADD, arXiv 2311.17042: the squared gradient of the logits' sum at the heads' inputs, a mean over pictures.
-                metrics["r1"] = saved_real.r1(c.r1_weight * c.r1_interval * part.share, c.r1_epsilon)
-            for name, number in metrics.items():
-                total[name] = total.get(name, 0.0) + part.share * number
-        _finite("the discriminator's loss", total["loss_d"], self.iteration)
-        total["grad_norm_d"] = self.discriminator_optimizer.update(self.rate_scale)
-        return total
+                weight = c.r1_weight * c.r1_interval * part.share
+                saved_real.r1(weight, c.r1_epsilon, out=tally.number("r1", part.share))
+        optimizer, name = self.discriminator_optimizer, "grad_norm_d"
+        if self._device is None:
+            _finite("the discriminator's loss", tally.metrics()["loss_d"], self.iteration)
+            tally.known[name] = optimizer.update(self.rate_scale, parts[0].draws.key)
+        else:
+            optimizer.queue(rates, tally, start, name, self._status, DISCRIMINATOR, parts[0].draws.key)
 
-    def _misaligned(self, part: Part) -> float:
+    def _misaligned(self, part: Part, tally: Tally) -> None:
         """Real pictures with another picture's text are fakes too, unless both have the same text: sharpens what the heads know of it."""
         other = dataclasses.replace(part, context=part.other_context, pooled=part.other_pooled)
-        (y, p), (other_y, other_p) = [map(devices.to_host, (x.context, x.pooled)) for x in (part, other)]
-        differs = (y != other_y).any(axis=(1, 2)) | (p != other_p).any(axis=1)
         features, _ = self._features(self._renoised_real(part), part.draws.t_hat_real, other, keep=False)
         logits, saved = self._heads(features, part.draws.t_hat_real, other)
-        weight = self.config.misaligned_weight * part.share / len(logits)
-        value, gradients = 0.0, []
-        for x in logits:
-            one, d = _core.adversarial_loss(x, self.loss.name, "fake", weight)
-            value += one / len(logits)
-            gradients.append(_core.row_scale(d, differs.astype(np.float32)))
-        saved.backward(gradients, features=False)
-        return value
+        _, gradients = self._judge(logits, "fake", "loss_misaligned", part, tally, self.config.misaligned_weight * part.share)
+        saved.backward([_core.row_scale(d, part.differs) for d in gradients], features=False)
 
-    def _student_half(self, parts: list[Part], passes: tuple[StudentPass, FakePass] | None = None) -> Metrics:
+    def _student_half(
+        self, parts: list[Part], rates: Any, decay: Any, tally: Tally, passes: tuple[StudentPass, FakePass] | None = None
+    ) -> None:
         """From the updated heads back through the frozen teacher, the renoising and the student; AdamW and EMA."""
         _core.zero(self.student._core.flat_grad)
-        total: Metrics = {}
+        start = tally.used
         for part in parts:
             student = passes[0] if passes else self._student_pass(part)
             fake = passes[1] if passes else self._fake_pass(part, student.x0, keep=True)
-            t, t_hat = part.draws.t, part.draws.t_hat_fake
-            logits, saved_heads = self._heads(fake.features, t_hat, part)
-            value, dlogits = self.loss.generator(logits)
+            logits, saved_heads = self._heads(fake.features, part.draws.t_hat_fake, part)
+            _, dlogits = self._judge(logits, "generator", "loss_g", part, tally)
             dfeatures = saved_heads.backward([_core.scale(d, part.share) for d in dlogits], params=False)
             dnoised, _, _ = fake.saved.backward(dfeatures, params=False, context=False, pooled=False)
-            dx0 = _core.row_scale(dnoised, 1 - t_hat)
-            metrics = {"loss_g": value}
-            metrics |= self._distillation(part, student.x0, fake, dx0)
-            metrics |= self._pairs(part, student.x0, dx0)
-            student.saved.backward(_core.row_scale(dx0, -t), latents=False, context=False, pooled=False)
-            for name, number in metrics.items():
-                total[name] = total.get(name, 0.0) + part.share * number
-        for name in ("loss_g", "loss_distillation", "loss_pair"):
-            _finite(f"the student's {name}", total.get(name, 0.0), self.iteration)
-        total["grad_norm_g"] = self.student_optimizer.update(self.rate_scale)
+            dx0 = _core.row_scale(dnoised, part.draws.rest)
+            self._distillation(part, student.x0, fake, dx0, tally)
+            self._pairs(part, student.x0, dx0, tally)
+            student.saved.backward(_core.row_scale(dx0, part.draws.minus_t), latents=False, context=False, pooled=False)
+        optimizer, name = self.student_optimizer, "grad_norm_g"
+        if self._device is not None:
+            optimizer.queue(rates, tally, start, name, self._status, STUDENT, parts[0].draws.key)
+            self.ema.queue(decay, rates)
+            return
+        known = tally.metrics()
+        for loss in ("loss_g", "loss_distillation", "loss_pair"):
+            _finite(f"the student's {loss}", known.get(loss, 0.0), self.iteration)
+        tally.known[name] = optimizer.update(self.rate_scale, parts[0].draws.key)
         self.ema.update()
         self.iteration += 1
-        return total
 
-    def _distillation(self, part: Part, x0: Array, fake: FakePass, dx0: Array) -> Metrics:
+    def _distillation(self, part: Part, x0: Array, fake: FakePass, dx0: Array, tally: Tally) -> None:
         """ADD's term with c(t) = 1 - t: the teacher's x0 from the renoised student is the target; a mean over elements, not a sum."""
         weight = self.config.distillation_weight
         if not weight:
-            return {}
+            return
         t_hat = part.draws.t_hat_fake
         v, _ = self.teacher._core.forward(fake.noised, t_hat, part.context, part.pooled)
         difference = x0.copy()
         _core.axpy(difference, _core.predict_x0(fake.noised, v, t_hat), -1.0)
-        _core.axpy(dx0, _core.row_scale(difference, 1 - t_hat), 2 * weight * part.share / x0.size)
-        return {"loss_distillation": devices.sum_squares(_core.row_scale(difference, np.sqrt(1 - t_hat))) / x0.size}
+        _core.axpy(dx0, _core.row_scale(difference, part.draws.rest), 2 * weight * part.share / x0.size)
+        out = tally.number("loss_distillation", part.share / x0.size)
+        devices.sum_squares(_core.row_scale(difference, part.draws.root), out=out)
 
-    def _pairs(self, part: Part, x0: Array, dx0: Array) -> Metrics:
+    def _pairs(self, part: Part, x0: Array, dx0: Array, tally: Tally) -> None:
         """Squared distance to the very picture that the teacher made of this noise.
 
         With pair_times "all" the student's paths are straight lines from noise to picture, as reflow has them (Rectified Flow,
@@ -354,12 +468,12 @@ class LADD:
         """
         weight = self.config.pair_weight
         if not weight:
-            return {}
+            return
         difference = x0.copy()
         _core.axpy(difference, part.latents, -1.0)
-        difference = _core.row_scale(difference, self._paired(part.draws.t).astype(np.float32))
+        difference = _core.row_scale(difference, part.draws.paired)
         _core.axpy(dx0, difference, 2 * weight * part.share / x0.size)
-        return {"loss_pair": devices.sum_squares(difference) / x0.size}
+        devices.sum_squares(difference, out=tally.number("loss_pair", part.share / x0.size))
 
     # ---- state ----
 
@@ -370,6 +484,7 @@ class LADD:
         return model
 
     def state(self) -> common.State:
+        self.check()
         return common.join_states(
             student=({"flat": self.student._core.flat}, {}),
             discriminator=({"flat": self.discriminator._core.flat}, {}),
@@ -386,6 +501,8 @@ class LADD:
             getattr(self, name).load_state(*common.part_of(state, name))
         self.iteration = int(state[1]["counters"]["iteration"])
         self.passes = int(state[1]["counters"]["passes"])
+        self._status.reset()
+        self._mark()
 
     def save(self, path: str | Path) -> None:
         """Everything the next step depends on, written aside and renamed: killed at any instant, the last complete checkpoint remains."""
@@ -408,20 +525,6 @@ def _finite(what: str, value: float, iteration: int) -> None:
         raise FloatingPointError(f"{what} is {value} at iteration {iteration + 1}; nothing was updated from it")
 
 
-def _logit_metrics(real: list[Array], fake: list[Array]) -> Metrics:
-    """What shows a discriminator too strong or too weak: the gap of the logits, per head too, and the share of saturated hinge terms."""
-    real, fake = [devices.to_host(x) for x in real], [devices.to_host(x) for x in fake]
-    r, f = (np.concatenate([x.reshape(-1) for x in logits]) for logits in (real, fake))
-    gaps = {f"logit_gap_{i}": float(a.mean() - b.mean()) for i, (a, b) in enumerate(zip(real, fake, strict=True))}
-    return {
-        "logit_real": float(r.mean()),
-        "logit_fake": float(f.mean()),
-        "logit_gap": float(r.mean() - f.mean()),
-        "saturated": float(((r > 1).mean() + (f < -1).mean()) / 2),
-        **gaps,
-    }
-
-
 # ---- a run ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -438,10 +541,14 @@ class LADDRun:
     keep: int = 2
     sampling_steps: int = 4  # the student's own number of steps
     sampling_method: str = "renoise"
+    # On a GPU: steps between two looks at the metrics, for which the host waits (the CPU has them at once), and whether a step is recorded once
+    # as a CUDA graph and then replayed. Neither changes what is computed.
+    log_every: int = 10
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         configs.check_run(self)
-        configs.check_ints(self, sampling_steps=1)
+        configs.check_ints(self, sampling_steps=1, log_every=1)
         if self.sampling_method not in METHODS:
             raise ValueError(f"run.sampling_method must be one of {', '.join(METHODS)}, got {self.sampling_method!r}")
 
@@ -539,7 +646,8 @@ def run(
     shape = shards.latent_shape
     student = teacher.copy()
     heads = Discriminator(default_discriminator(teacher, parts["discriminator"]), device=device, dtype=dtype, seed=ladd_config.seed)
-    trainer = LADD(student, teacher, heads, ladd_config, allow_noise_latents=parts["data"].allow_noise_latents)
+    noise_too, graph = parts["data"].allow_noise_latents, settings.cuda_graph
+    trainer = LADD(student, teacher, heads, ladd_config, allow_noise_latents=noise_too, cuda_graph=graph)
     _warn_unused(config, ladd_config, heads.config)
     if dry_run:
         at_once = min(settings.batch, ladd_config.micro_batch or settings.batch)
@@ -563,16 +671,21 @@ def run(
     common.save_grid(book.out / "samples" / "real.png", source.pictures(z[:32]), columns=8)
     preview: Array = np.arange(min(32, len(shards)))
     watch = Watch(len(shards), settings.batch)
+    waiting: list[tuple[int, Metrics]] = []  # steps whose metrics nobody has looked at
     for step in book:
         rows = epoch_rows(len(shards), settings.batch, ladd_config.seed, step)
         batch = shards.batch(rows)
         noise = _noise_of(shards, rows, shape) if ladd_config.pair_weight else None
         scale = common.cosine_tail(step, book.steps, settings.decay_share)
         metrics = trainer.step(batch.latents, batch.context, batch.pooled, noise=noise, rate_scale=scale)
-        watch(step, metrics)
+        waiting.append((step, metrics))
         if book.due(step, settings.sample_every):
             _save_preview(book, step, trainer, shards, preview, shape, source)
-        book.log(step, metrics)
+        if trainer.student.device == "cpu" or step % settings.log_every == 0 or step == book.steps or book.saves(step):
+            for one, numbers in waiting:
+                watch(one, numbers)
+            book.log_all(waiting)
+            waiting.clear()
         book.checkpoint(step, trainer)
     if sha256(teacher._core.flat) != origin["teacher"]:
         raise RuntimeError("the teacher's weights changed during the run; nothing was saved from it")
