@@ -339,8 +339,8 @@ typedef struct gemm_product {
     float *gelu;       /* at row stride c_row; or NULL */
     int M, N, K, add;
     /* set by gemm_plan and gemm_share; at first zero */
-    int tm, tn, n_m, n_n; /* tiles of tm by tn, n_m down and n_n across: a task each */
-    gemm_packed *shared;  /* all of B, packed once for all tasks: blocks of k, then panels; NULL: each task packs the columns it reads */
+    int n_m, n_n;        /* tiles of whole panels, n_m down and n_n across, as equal as can be: a task each */
+    gemm_packed *shared; /* all of B, packed once for all tasks: blocks of k, then panels; NULL: each task packs the columns it reads */
     atomic_int failed;
 } gemm_product;
 
@@ -364,17 +364,22 @@ static void gemm_plan(gemm_product *p) {
     int n_m = gemm_between(want, (p->M + TALLEST - 1) / TALLEST, p->M / LOW);
     int n_n = gemm_between((want + n_m - 1) / n_m, p->K > gemm_k_block(p->K) ? (p->N + WIDEST - 1) / WIDEST : 1, p->N / NARROW);
     if (want > 1 && n_m * n_n == 1) n_n = 2;
-    p->tm = ((p->M + n_m - 1) / n_m + GEMM_MR - 1) / GEMM_MR * GEMM_MR;
-    p->tn = ((p->N + n_n - 1) / n_n + GEMM_NR - 1) / GEMM_NR * GEMM_NR;
-    p->n_m = (p->M + p->tm - 1) / p->tm;
-    p->n_n = (p->N + p->tn - 1) / p->tn;
+    p->n_m = gemm_between(n_m, 1, (p->M + GEMM_MR - 1) / GEMM_MR);
+    p->n_n = gemm_between(n_n, 1, (p->N + GEMM_NR - 1) / GEMM_NR);
     atomic_init(&p->failed, 0);
+}
+
+/* Where tile i of `tiles` begins among `count` rows or columns that stand in panels. */
+static inline int gemm_cut(int count, int panel, int tiles, int i) {
+    int panels = (count + panel - 1) / panel, at = (int)((int64_t)panels * i / tiles) * panel;
+    return at < count ? at : count;
 }
 
 /* Task i of a product. */
 static void gemm_task(gemm_product *p, int64_t i) {
-    const int m0 = (int)(i / p->n_n) * p->tm, n0 = (int)(i % p->n_n) * p->tn;
-    const int m = p->M - m0 < p->tm ? p->M - m0 : p->tm, n = p->N - n0 < p->tn ? p->N - n0 : p->tn, block = gemm_k_block(p->K);
+    const int down = (int)(i / p->n_n), across = (int)(i % p->n_n), block = gemm_k_block(p->K);
+    const int m0 = gemm_cut(p->M, GEMM_MR, p->n_m, down), m = gemm_cut(p->M, GEMM_MR, p->n_m, down + 1) - m0;
+    const int n0 = gemm_cut(p->N, GEMM_NR, p->n_n, across), n = gemm_cut(p->N, GEMM_NR, p->n_n, across + 1) - n0;
 #if !defined(__AVX2__)
     if (p->a_step != 1) { /* a weight's gradient, which sums over all samples: OpenBLAS is faster here, but a row's bits depend on its place there */
         ladd_sgemm(1, 0, m, n, p->K, 1.0f, p->a + m0, p->a_step, p->b + n0, p->b_step, p->add ? 1.0f : 0.0f, p->c + m0 * p->c_row + n0, p->c_row);

@@ -3,6 +3,9 @@
  * One job at a time. The caller publishes it, works on it itself and leaves when every task is done; workers that have not joined by then are not
  * waited for, so a core that somebody else keeps busy costs its own share of the work and no more. Waiting is a short bounded spin (back-to-back
  * kernels find the workers awake), then a condition variable.
+ *
+ * A job's tasks are shared out in contiguous parts, one a thread, the same in every job; a thread that has finished its own part takes from the
+ * others'. So from kernel to kernel a thread meets the rows that it wrote itself, which are still in its core's cache.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* sched_getaffinity */
@@ -28,11 +31,14 @@ static struct {
     int stopping;
     void (*task)(void *argument, int64_t i);
     void *argument;
-    int64_t n;
-    int open;                 /* the job accepts workers */
-    atomic_int active;        /* workers inside the job */
-    atomic_uint generation;   /* changes when there is news for the workers */
-    atomic_int_fast64_t next; /* first task that nobody took */
+    int parts;
+    int open;               /* the job accepts workers */
+    atomic_int active;      /* workers inside the job */
+    atomic_uint generation; /* changes when there is news for the workers */
+    struct {
+        _Alignas(64) atomic_int_fast64_t next; /* first task of this part that nobody took */
+        int64_t end;
+    } part[MAX_THREADS]; /* 0: the caller's, then the workers' */
 } pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 
 static atomic_int n_threads; /* 0: not asked yet */
@@ -53,41 +59,44 @@ static int64_t nanoseconds(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void run_tasks(void (*task)(void *, int64_t), void *argument, int64_t n) {
+/* Tasks of part `own`, then those that are left of the others. */
+static void run_tasks(void (*task)(void *, int64_t), void *argument, int own, int parts) {
     int outer = inside_task;
     inside_task = 1;
-    for (;;) {
-        int64_t i = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);
-        if (i >= n) break;
-        task(argument, i);
+    for (int k = 0; k < parts; k++) {
+        int p = (own + k) % parts;
+        for (;;) {
+            int64_t i = atomic_fetch_add_explicit(&pool.part[p].next, 1, memory_order_relaxed);
+            if (i >= pool.part[p].end) break;
+            task(argument, i);
+        }
     }
     inside_task = outer;
 }
 
-static void *work(void *unused) {
-    (void)unused;
+static void *work(void *number) {
+    const int own = (int)(intptr_t)number;
     unsigned seen = 0; /* generation 0 is before the first job, so a worker started for a job finds it */
     for (;;) {
         int64_t until = nanoseconds() + SPIN_NANOSECONDS;
         while (atomic_load_explicit(&pool.generation, memory_order_relaxed) == seen && nanoseconds() < until)
             for (int i = 0; i < 16; i++) pause_briefly();
         pthread_mutex_lock(&pool.lock);
-        while (!pool.stopping && !(pool.open && atomic_load(&pool.generation) != seen)) {
-            seen = atomic_load(&pool.generation);
-            pthread_cond_wait(&pool.wake, &pool.lock);
-        }
-        if (pool.stopping) {
-            pthread_mutex_unlock(&pool.lock);
-            return NULL;
-        }
+        while (!pool.stopping && atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         seen = atomic_load(&pool.generation);
+        if (pool.stopping || !pool.open) { /* not open: the others were done before this thread came */
+            int stopping = pool.stopping;
+            pthread_mutex_unlock(&pool.lock);
+            if (stopping) return NULL;
+            continue;
+        }
         void (*task)(void *, int64_t) = pool.task;
         void *argument = pool.argument;
-        int64_t n = pool.n;
+        int parts = pool.parts;
         atomic_fetch_add(&pool.active, 1);
         pthread_mutex_unlock(&pool.lock);
 
-        run_tasks(task, argument, n);
+        run_tasks(task, argument, own, parts);
 
         pthread_mutex_lock(&pool.lock);
         if (atomic_fetch_sub(&pool.active, 1) == 1 && !pool.open) pthread_cond_signal(&pool.done);
@@ -132,7 +141,8 @@ static void start_workers(int wanted) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (pool.n_workers < wanted && pthread_create(&pool.workers[pool.n_workers], NULL, work, NULL) == 0) pool.n_workers++;
+    while (pool.n_workers < wanted && pthread_create(&pool.workers[pool.n_workers], NULL, work, (void *)(intptr_t)(pool.n_workers + 1)) == 0)
+        pool.n_workers++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
@@ -173,14 +183,17 @@ void ladd_parallel(int64_t n, void (*task)(void *argument, int64_t i), void *arg
     pthread_mutex_lock(&pool.lock);
     pool.task = task;
     pool.argument = argument;
-    pool.n = n;
-    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
+    pool.parts = threads;
+    for (int p = 0; p < threads; p++) {
+        atomic_store_explicit(&pool.part[p].next, n * p / threads, memory_order_relaxed);
+        pool.part[p].end = n * (p + 1) / threads;
+    }
     pool.open = 1;
     atomic_fetch_add(&pool.generation, 1);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
 
-    run_tasks(task, argument, n);
+    run_tasks(task, argument, 0, threads);
 
     pthread_mutex_lock(&pool.lock);
     pool.open = 0;
