@@ -31,7 +31,8 @@ ladd_status ladd_check_interrupt(const ladd_context *ctx) {
 /* ---- arena ----------------------------------------------------------------------------------------------------------- */
 
 /* Blocks given back are kept for the next forward of about the same size, which then does not pay the page faults of hundreds of fresh megabytes.
- * At most KEPT blocks and never one more than twice too large for the request. */
+ * At most KEPT blocks and never one more than twice too large for the request. A device keeps its blocks itself: it knows which of them belong to a
+ * recorded graph. */
 enum { KEPT = 16 };
 static pthread_mutex_t arena_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
@@ -53,9 +54,8 @@ ladd_status ladd_arena_reserve(const ladd_context *ctx, ladd_arena *arena) {
     size_t capacity = need;
     pthread_mutex_lock(&arena_lock);
     int best = -1;
-    for (int i = 0; i < KEPT; i++)
-        if (kept[i].block && kept[i].owner.state == ctx->state && kept[i].capacity >= need && kept[i].capacity / 2 <= need &&
-            (best < 0 || kept[i].capacity < kept[best].capacity))
+    for (int i = 0; i < KEPT && !ctx->state; i++)
+        if (kept[i].block && kept[i].capacity >= need && kept[i].capacity / 2 <= need && (best < 0 || kept[i].capacity < kept[best].capacity))
             best = i;
     if (best >= 0) {
         block = kept[best].block;
@@ -88,7 +88,7 @@ void ladd_arena_release(const ladd_context *ctx, ladd_arena *arena) {
         }
         if (kept[i].capacity < kept[slot].capacity) slot = i;
     }
-    if (!kept[slot].block || kept[slot].capacity < arena->capacity) { /* keep it, in the place of a smaller one if all are taken */
+    if (!ctx->state && (!kept[slot].block || kept[slot].capacity < arena->capacity)) { /* keep it, in the place of a smaller one if all are taken */
         drop = kept[slot].block;
         if (drop) drop_owner = kept[slot].owner;
         kept[slot].block = arena->base;

@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-enum { LADD_DEVICE_API = 2 }; /* raised when this struct or the table of kernels changes: both sides must agree */
+enum { LADD_DEVICE_API = 3 }; /* raised when this struct or the table of kernels changes: both sides must agree */
 
 typedef struct ladd_device_info {
     char name[256], architectures[128]; /* architectures: what the kernels were compiled for */
@@ -34,16 +34,19 @@ typedef struct ladd_device_api {
     ladd_status (*count)(int *devices);
     ladd_status (*open)(void **state, int index);
     void (*close)(void *state);
-    /* At the head of every call: makes the device current in this thread; an error if it is no longer usable. */
-    ladd_status (*enter)(void *state);
+    /* At the head and the end of every call. enter makes the device current in this thread, or is an error if it is no longer usable; leave makes
+     * *before current again, in either case: other users of CUDA in the process count on their choice. */
+    ladd_status (*enter)(void *state, void **before);
+    void (*leave)(void *before);
     const ladd_backend *(*backend)(ladd_dtype act);
     ladd_status (*info)(void *state, ladd_device_info *info);
     ladd_status (*wait)(void *state);
     void *(*stream)(void *state);
-    void (*use_stream)(void *state, void *stream, int own);   /* own: back to the state's stream */
-    ladd_status (*wait_for)(void *state, void *stream);       /* what is queued next waits for what `stream` holds now */
+    void (*use_stream)(void *state, void *stream, int own); /* own: back to the state's stream */
+    /* What is queued next waits for what `stream` holds now. While calls are recorded: what is queued after the recording. */
+    ladd_status (*wait_for)(void *state, void *stream);
     ladd_status (*let_wait)(void *state, void *stream);       /* `stream` waits for what is queued now */
-    ladd_status (*record)(void *state, void **event);         /* a mark behind what is queued now */
+    ladd_status (*record)(void *state, void **event);         /* a mark behind what is queued now; not while calls are recorded */
     int (*passed)(void *event);                               /* 1: all before the mark is done; the event is then gone */
     ladd_status (*owner_of)(const void *pointer, int *index); /* which device the memory is on; -1: none */
     ladd_status (*capture_begin)(void *state);                /* until capture_end, calls are recorded and not run */

@@ -5,9 +5,10 @@ namespace {
 
 /* delta[b,head,i] = sum over dh of d_o o, by eight lanes a row of a head, V elements a lane and step. */
 template <typename T, int V>
-__global__ void __launch_bounds__(LADD_BLOCK) attention_delta_kernel(const attention_args<T> a, int64_t rows) {
-    const int64_t i = (int64_t)blockIdx.x * (LADD_BLOCK / 8) + threadIdx.x / 8; /* heads run fastest, so neighbours read neighbouring memory */
-    const int lane = threadIdx.x % 8, head = (int)(i % a.heads), token = (int)(i / a.heads % a.S), b = (int)(i / a.heads / a.S);
+__global__ void __launch_bounds__(LADD_BLOCK) attention_delta_kernel(const attention_args<T> a, uint32_t rows) {
+    const uint32_t i = blockIdx.x * (LADD_BLOCK / 8) + threadIdx.x / 8,
+                   of = i / (uint32_t)a.heads; /* heads run fastest: neighbours read neighbours */
+    const int lane = threadIdx.x % 8, head = (int)(i % (uint32_t)a.heads), token = (int)(of % (uint32_t)a.S), b = (int)(of / (uint32_t)a.S);
     float sum = 0.0f;
     if (i < rows) {
         const T *o = o_rows_of(a, &attention_part<T>::o, b, head)(token), *d_o = o_rows_of(a, &attention_part<T>::d_o, b, head)(token);
@@ -56,8 +57,8 @@ ladd_status attention_arguments(attention_args<T> *a, const ladd_stream_grad *gr
     a->dh = dh;
     a->scale = scale;
     a->lse = lse;
-    const int64_t blocks = (int64_t)B * heads * ladd_ceil_div(a->S, 64);
-    if (blocks > INT32_MAX) return ladd_fail(LADD_ERR_VALUE, "attention: fewer than 2**31 tiles of 64 tokens expected, got %lld", (long long)blocks);
+    const int64_t rows = (int64_t)B * heads * a->S; /* counted in 32 bits: it would be 8 GB of lse */
+    if (rows > INT32_MAX) return ladd_fail(LADD_ERR_VALUE, "attention: fewer than 2**31 tokens of heads expected, got %lld", (long long)rows);
     return LADD_OK;
 }
 
@@ -112,9 +113,9 @@ ladd_status backward(const ladd_context *ctx, const ladd_stream_grad *grads, con
     a.delta = (float *)delta;
     const unsigned blocks = (unsigned)ladd_ceil_div(rows, LADD_BLOCK / 8);
     if (attention_aligned(a))
-        LADD_TRY(LADD_LAUNCH(ctx, (attention_delta_kernel<T, LADD_VEC<T>>), blocks, LADD_BLOCK, 0, a, rows));
+        LADD_TRY(LADD_LAUNCH(ctx, (attention_delta_kernel<T, LADD_VEC<T>>), blocks, LADD_BLOCK, 0, a, (uint32_t)rows));
     else
-        LADD_TRY(LADD_LAUNCH(ctx, (attention_delta_kernel<T, 1>), blocks, LADD_BLOCK, 0, a, rows));
+        LADD_TRY(LADD_LAUNCH(ctx, (attention_delta_kernel<T, 1>), blocks, LADD_BLOCK, 0, a, (uint32_t)rows));
     if constexpr (sizeof(T) == 2)
         if (mma) return attention_backward_mma(ctx, a);
     return attention_backward_plain(ctx, a);

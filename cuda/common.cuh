@@ -167,13 +167,15 @@ __device__ __forceinline__ void ladd_block_sum(F (&x)[K], F *shared) {
 }
 
 /* The second pass of a reduction in two: out[b * stride + i] = (or +=) sum over c of parts[b, c, i]; parts[B, chunks, n] float. A block takes 32
- * columns; warp s adds chunks s, s + 8, ... in order, then the eight sums are added in order. */
+ * columns; warp s adds chunks s, s + 8, ... in order, then the eight sums are added in order. (One dimension of blocks: the others end at 65,535.) */
 template <typename Out, bool ACCUMULATE>
 __global__ void __launch_bounds__(LADD_BLOCK) ladd_sum_parts_kernel(Out *out, int64_t stride, const float *parts, int chunks, int n) {
     constexpr int SLICES = LADD_BLOCK / LADD_WARP;
     __shared__ float sums[SLICES][LADD_WARP];
-    const int lane = threadIdx.x % LADD_WARP, slice = threadIdx.x / LADD_WARP, i = blockIdx.x * LADD_WARP + lane;
-    const float *part = parts + (int64_t)blockIdx.y * chunks * n + i;
+    const unsigned tiles = (unsigned)(n + LADD_WARP - 1) / LADD_WARP;
+    const int lane = threadIdx.x % LADD_WARP, slice = threadIdx.x / LADD_WARP, i = (int)(blockIdx.x % tiles) * LADD_WARP + lane;
+    const int64_t b = blockIdx.x / tiles;
+    const float *part = parts + b * chunks * n + i;
     float sum = 0.0f;
     if (i < n)
 #pragma unroll 4
@@ -183,14 +185,14 @@ __global__ void __launch_bounds__(LADD_BLOCK) ladd_sum_parts_kernel(Out *out, in
     if (slice > 0 || i >= n) return;
 #pragma unroll
     for (int s = 1; s < SLICES; s++) sum += sums[s][lane];
-    Out *to = out + blockIdx.y * stride + i;
+    Out *to = out + b * stride + i;
     *to = ladd_from_float<Out>(ACCUMULATE ? ladd_to_float(*to) + sum : sum);
 }
 
 template <bool ACCUMULATE, typename Out>
 static inline ladd_status ladd_sum_parts(const ladd_context *ctx, Out *out, int64_t stride, const float *parts, int B, int chunks, int n) {
-    return LADD_LAUNCH(ctx, (ladd_sum_parts_kernel<Out, ACCUMULATE>), dim3((unsigned)ladd_ceil_div(n, LADD_WARP), (unsigned)B), LADD_BLOCK, 0, out,
-                       stride, parts, chunks, n);
+    return LADD_LAUNCH(ctx, (ladd_sum_parts_kernel<Out, ACCUMULATE>), (unsigned)(ladd_ceil_div(n, LADD_WARP) * B), LADD_BLOCK, 0, out, stride, parts,
+                       chunks, n);
 }
 
 /* ---- elementwise ----------------------------------------------------------------------------------------------------- */

@@ -1,4 +1,7 @@
 /* Devices: opening and closing, streams, memory, errors; the functions of csrc/device.h and cuda/device.h. */
+#include <dlfcn.h>
+#include <unistd.h>
+
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -40,7 +43,12 @@ static bool is_sticky(cudaError_t error) {
         case cudaErrorInvalidAddressSpace:
         case cudaErrorInvalidPc:
         case cudaErrorECCUncorrectable:
+        case cudaErrorNvlinkUncorrectable:
         case cudaErrorContextIsDestroyed:
+#if CUDART_VERSION >= 13000
+        case cudaErrorContained:
+        case cudaErrorTensorMemoryLeak:
+#endif
             return true;
         default:
             return false;
@@ -167,6 +175,7 @@ typedef struct graph_number {
 typedef struct ladd_cuda_graph {
     ladd_cuda_state *state;
     cudaGraphExec_t ready;
+    cudaEvent_t replayed; /* behind the newest replay */
     graph_number *numbers;
 } ladd_cuda_graph;
 
@@ -353,6 +362,33 @@ static const ladd_backend backend = {
 
 /* ---- opening --------------------------------------------------------------------------------------------------------- */
 
+/* The context that is current in a thread is asked of the driver: cudaGetDevice says 0 where there is none, and going back to that would open device
+ * 0. */
+static struct {
+    int (*get)(void **context);
+    int (*set)(void *context);
+} driver;
+
+static void find_driver() {
+#ifdef LADD_EMULATOR_H
+    driver = {cuCtxGetCurrent, cuCtxSetCurrent};
+#else
+    void *library = driver.set ? nullptr : dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL); /* never closed: the run time has it open too */
+    if (!library) return;
+    driver.get = (int (*)(void **))dlsym(library, "cuCtxGetCurrent");
+    driver.set = (int (*)(void *))dlsym(library, "cuCtxSetCurrent");
+#endif
+}
+
+static void *current_context() {
+    void *context = nullptr;
+    return driver.get && driver.get(&context) == 0 ? context : nullptr;
+}
+
+static void leave(void *before) {
+    if (driver.set && before != current_context()) driver.set(before);
+}
+
 static ladd_status count_devices(int *devices) {
     int driver = 0, runtime = 0;
     *devices = 0;
@@ -400,7 +436,7 @@ static ladd_status fill_state(ladd_cuda_state *state) {
 
 static void close_state(void *opaque) {
     ladd_cuda_state *state = (ladd_cuda_state *)opaque;
-    if (state->broken == LADD_OK && cudaSetDevice(state->index) == cudaSuccess) {
+    if (state->broken == LADD_OK && state->process == (int)getpid() && cudaSetDevice(state->index) == cudaSuccess) {
         if (state->own) cudaStreamSynchronize(state->own);
         for (int i = 0; i < LADD_CUDA_PLANS; i++)
             if (state->plans[i]) state->plans_free[i](state->plans[i]);
@@ -427,21 +463,30 @@ static ladd_status open_state(void **opened, int index) {
     int devices;
     *opened = nullptr;
     LADD_TRY(count_devices(&devices));
+    find_driver();
     if (index < 0 || index >= devices) return ladd_fail(LADD_ERR_VALUE, "device: cuda:0 to cuda:%d expected, got cuda:%d", devices - 1, index);
     ladd_cuda_state *state = (ladd_cuda_state *)calloc(1, sizeof *state);
     if (!state) return ladd_fail(LADD_ERR_MEMORY, "out of memory for the state of a device");
     state->index = index;
+    state->process = (int)getpid();
+    void *before = current_context();
     state->pool = new (std::nothrow) ladd_cuda_pool;
     ladd_status status = state->pool ? fill_state(state) : ladd_fail(LADD_ERR_MEMORY, "out of memory for the state of a device");
     if (status == LADD_OK)
         *opened = state;
     else
         close_state(state);
+    leave(before);
     return status;
 }
 
-static ladd_status enter(void *opaque) {
+static ladd_status enter(void *opaque, void **before) {
     ladd_cuda_state *state = (ladd_cuda_state *)opaque;
+    *before = current_context();
+    if (state->process != (int)getpid())
+        return ladd_fail(LADD_ERR_RUNTIME,
+                         "cuda:%d was opened before this process was forked off, and CUDA works in no such process; start it by 'spawn'",
+                         state->index);
     if (state->broken != LADD_OK)
         return ladd_fail(LADD_ERR_RUNTIME, "cuda:%d is unusable since an earlier error in this process; restart it", state->index);
     return check(state, cudaSetDevice(state->index), "cudaSetDevice");
@@ -484,7 +529,14 @@ static ladd_status order(ladd_cuda_state *state, cudaStream_t first, cudaStream_
     return status;
 }
 
-static ladd_status wait_for(void *opaque, void *other) { return order((ladd_cuda_state *)opaque, (cudaStream_t)other, (cudaStream_t)stream(opaque)); }
+static ladd_status wait_for(void *opaque, void *other) {
+    ladd_cuda_state *state = (ladd_cuda_state *)opaque;
+    if (state->capturing) { /* a recording may not wait for what is not in it */
+        state->owes_wait = 1;
+        return LADD_OK;
+    }
+    return order(state, (cudaStream_t)other, state->stream);
+}
 static ladd_status let_wait(void *opaque, void *other) { return order((ladd_cuda_state *)opaque, (cudaStream_t)stream(opaque), (cudaStream_t)other); }
 
 static ladd_status record(void *opaque, void **event) {
@@ -520,6 +572,10 @@ static ladd_status owner_of(const void *pointer, int *index) {
 static void graph_free(void *opaque) {
     ladd_cuda_graph *graph = (ladd_cuda_graph *)opaque;
     ladd_cuda_pool *pool = graph->state->pool;
+    if (graph->replayed) { /* a replay under way still reads the host's numbers */
+        cudaEventSynchronize(graph->replayed);
+        cudaEventDestroy(graph->replayed);
+    }
     std::lock_guard<std::mutex> guard(pool->lock);
     for (int i = 0; i < pool->n; i++)
         if (pool->blocks[i].graph == graph) pool->blocks[i].graph = nullptr;
@@ -559,7 +615,13 @@ static ladd_status capture_end(void *opaque, void **finished) {
     state->capturing = nullptr;
     ladd_status status = check(state, cudaStreamEndCapture(state->stream, &recorded), "cudaStreamEndCapture");
     if (status == LADD_OK) status = check(state, cudaGraphInstantiate(&graph->ready, recorded, 0), "cudaGraphInstantiate");
+    if (status == LADD_OK) status = check(state, cudaEventCreateWithFlags(&graph->replayed, cudaEventDisableTiming), "cudaEventCreate");
     if (recorded) cudaGraphDestroy(recorded);
+    if (state->owes_wait) {
+        const ladd_status waited = check(state, cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+        state->owes_wait = 0;
+        if (status == LADD_OK) status = waited;
+    }
     if (status == LADD_OK)
         *finished = graph;
     else
@@ -569,7 +631,12 @@ static ladd_status capture_end(void *opaque, void **finished) {
 
 static ladd_status replay(void *opaque, void *graph) {
     ladd_cuda_state *state = (ladd_cuda_state *)opaque;
-    return check(state, cudaGraphLaunch(((ladd_cuda_graph *)graph)->ready, state->stream), "cudaGraphLaunch");
+    ladd_cuda_graph *recorded = (ladd_cuda_graph *)graph;
+    if (recorded->state != state)
+        return ladd_fail(LADD_ERR_VALUE, "a graph of cuda:%d expected, got one of cuda:%d", state->index, recorded->state->index);
+    if (state->capturing) return ladd_fail(LADD_ERR_RUNTIME, "cuda:%d: no replay expected while a graph is recorded, got one", state->index);
+    OPEN_TRY(cudaGraphLaunch(recorded->ready, state->stream));
+    return check(state, cudaEventRecord(recorded->replayed, state->stream), "cudaEventRecord");
 }
 
 static ladd_status attention_rules(void *opaque, const ladd_attention_rule *rules, int n) {
@@ -589,6 +656,6 @@ static void connect(ladd_status (*to_core)(ladd_status, const char *), ladd_stat
 static const ladd_backend *backend_for(ladd_dtype act) { return act == LADD_F32 || act == LADD_BF16 || act == LADD_F16 ? &backend : nullptr; }
 
 extern "C" const ladd_device_api ladd_cuda_api = {
-    LADD_DEVICE_API, sizeof(ladd_backend), connect,  count_devices, open_state, close_state, enter,    backend_for,   info,        wait,
-    stream,          use_stream,           wait_for, let_wait,      record,     passed,      owner_of, capture_begin, capture_end, replay,
-    graph_free,      attention_rules};
+    LADD_DEVICE_API, sizeof(ladd_backend), connect,  count_devices, open_state, close_state, enter,    leave,         backend_for, info,   wait,
+    stream,          use_stream,           wait_for, let_wait,      record,     passed,      owner_of, capture_begin, capture_end, replay, graph_free,
+    attention_rules};

@@ -26,6 +26,8 @@ typedef struct ladd_cuda_state {
     void *scratch_graph[LADD_CUDA_SLOTS]; /* the graph that owns it, or NULL */
     struct ladd_cuda_pool *pool;          /* device.cu: blocks handed out and kept */
     void *capturing;                      /* the graph that is being recorded, or NULL */
+    int owes_wait;                        /* 1: others' streams were to be waited for while it was */
+    int process;                          /* that opened the device: after fork() CUDA works in no other */
     /* A ring of small pinned blocks and their places on the device; an event a slot says when it may be written again. */
     char *stage_host, *stage_device;
     cudaEvent_t stage_done[LADD_CUDA_STAGES];

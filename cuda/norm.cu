@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(LADD_BLOCK)
     layer_norm_backward_kernel(T *dx, float *shift_parts, float *scale_parts, const T *dy, const T *x, const float *mean, const float *rstd,
                                const T *scale, int64_t mod_stride, int N, int D) {
     __shared__ float means[4][CHUNK_ROWS]; /* of a row: mean, rstd, mean of dxhat, mean of dxhat xhat times rstd */
-    const int chunk = blockIdx.x, b = blockIdx.y, n = min(CHUNK_ROWS, N - chunk * CHUNK_ROWS);
+    const unsigned chunks = (unsigned)(N + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const int chunk = (int)(blockIdx.x % chunks), b = (int)(blockIdx.x / chunks), n = min(CHUNK_ROWS, N - chunk * CHUNK_ROWS);
     const int lane = threadIdx.x % LADD_WARP, warp = threadIdx.x / LADD_WARP;
     const int64_t first = (int64_t)b * N + chunk * CHUNK_ROWS;
     x += first * D;
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(LADD_BLOCK)
             ladd_store<T, V>(dx + (int64_t)r * D + i, d);
         }
         if (shift_parts) {
-            const int64_t at = ((int64_t)b * gridDim.x + chunk) * D + i;
+            const int64_t at = ((int64_t)b * chunks + chunk) * D + i;
             ladd_store<float, V>(shift_parts + at, shift_sum);
             ladd_store<float, V>(scale_parts + at, scale_sum);
         }
@@ -152,8 +153,8 @@ static ladd_status layer_norm_backward(LADD_CTX, T *dx, T *dshift, T *dscale, co
     void *parts = nullptr;
     if (dshift) LADD_TRY(ladd_cuda_scratch(ctx, &parts, 0, 2 * sizeof(float) * (size_t)B * chunks * D));
     float *shift_parts = (float *)parts, *scale_parts = dshift ? shift_parts + (int64_t)B * chunks * D : nullptr;
-    LADD_TRY(LADD_LAUNCH(ctx, (layer_norm_backward_kernel<V, T>), dim3((unsigned)chunks, (unsigned)B), LADD_BLOCK, 0, dx, shift_parts, scale_parts,
-                         dy, x, mean, rstd, scale, mod_stride, N, D));
+    LADD_TRY(LADD_LAUNCH(ctx, (layer_norm_backward_kernel<V, T>), (unsigned)((int64_t)chunks * B), LADD_BLOCK, 0, dx, shift_parts, scale_parts, dy, x,
+                         mean, rstd, scale, mod_stride, N, D));
     if (!dshift) return LADD_OK;
     LADD_TRY(ladd_sum_parts<false>(ctx, dshift, mod_stride, shift_parts, B, chunks, D));
     return ladd_sum_parts<false>(ctx, dscale, mod_stride, scale_parts, B, chunks, D);
@@ -204,7 +205,8 @@ ladd_status LADD_CUDA(gate_residual_forward)(LADD_CTX, ladd_act *out, const ladd
 template <int V, typename T>
 __global__ void __launch_bounds__(LADD_BLOCK)
     gate_backward_kernel(T *dy, float *parts, const T *dout, const T *y, const T *gate, int64_t mod_stride, int N, int D) {
-    const int chunk = blockIdx.x, b = blockIdx.y, n = min(CHUNK_ROWS, N - chunk * CHUNK_ROWS);
+    const unsigned chunks = (unsigned)(N + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const int chunk = (int)(blockIdx.x % chunks), b = (int)(blockIdx.x / chunks), n = min(CHUNK_ROWS, N - chunk * CHUNK_ROWS);
     const int64_t first = ((int64_t)b * N + chunk * CHUNK_ROWS) * D;
     gate += b * mod_stride;
     for (int i = threadIdx.x * V; i < D; i += LADD_BLOCK * V) {
@@ -223,7 +225,7 @@ __global__ void __launch_bounds__(LADD_BLOCK)
             }
             ladd_store<T, V>(dy + at, d);
         }
-        if (parts) ladd_store<float, V>(parts + ((int64_t)b * gridDim.x + chunk) * D + i, sum);
+        if (parts) ladd_store<float, V>(parts + ((int64_t)b * chunks + chunk) * D + i, sum);
     }
 }
 
@@ -232,7 +234,7 @@ static ladd_status gate_backward(LADD_CTX, T *dy, T *dgate, const T *dout, const
     const int chunks = (int)ladd_ceil_div(N, CHUNK_ROWS);
     void *parts = nullptr;
     if (dgate) LADD_TRY(ladd_cuda_scratch(ctx, &parts, 0, sizeof(float) * (size_t)B * chunks * D));
-    LADD_TRY(LADD_LAUNCH(ctx, (gate_backward_kernel<V, T>), dim3((unsigned)chunks, (unsigned)B), LADD_BLOCK, 0, dy, (float *)parts, dout, y, gate,
+    LADD_TRY(LADD_LAUNCH(ctx, (gate_backward_kernel<V, T>), (unsigned)((int64_t)chunks * B), LADD_BLOCK, 0, dy, (float *)parts, dout, y, gate,
                          mod_stride, N, D));
     return dgate ? ladd_sum_parts<false>(ctx, dgate, mod_stride, (const float *)parts, B, chunks, D) : LADD_OK;
 }
@@ -277,10 +279,11 @@ __device__ __forceinline__ void load_head(float (&v)[HEAD_RUNS<V>][V], const T *
 }
 
 template <int V, typename T>
-__global__ void __launch_bounds__(LADD_BLOCK) rms_norm_forward_kernel(T *y, float *save_rstd, const T *x, const T *w, int64_t items, int heads,
+__global__ void __launch_bounds__(LADD_BLOCK) rms_norm_forward_kernel(T *y, float *save_rstd, const T *x, const T *w, uint32_t items, int heads,
                                                                       int dh, int team, int64_t x_row, int64_t y_row, float eps) {
-    const int64_t item = (int64_t)blockIdx.x * (LADD_BLOCK / team) + threadIdx.x / team, row = item / heads;
-    const int member = threadIdx.x % team, head = (int)(item % heads) * dh;
+    const uint32_t item = blockIdx.x * (LADD_BLOCK / team) + threadIdx.x / team;
+    const int64_t row = item / (uint32_t)heads;
+    const int member = threadIdx.x % team, head = (int)(item % (uint32_t)heads) * dh;
     const bool valid = item < items;
     float v[HEAD_RUNS<V>][V], weight[HEAD_RUNS<V>][V], squares = 0.0f;
     load_head<V>(v, x + row * x_row + head, member, team, dh, valid);
@@ -302,8 +305,12 @@ __global__ void __launch_bounds__(LADD_BLOCK) rms_norm_forward_kernel(T *y, floa
     }
 }
 
-static ladd_status check_head(int dh) {
-    return dh >= 1 && dh <= HEAD_MOST ? LADD_OK : ladd_fail(LADD_ERR_VALUE, "a head size from 1 to %d expected, got %d", (int)HEAD_MOST, dh);
+/* Fewer than 2^31 heads: then numbers of heads have 32 bits, whose division costs a fraction of a 64-bit one. */
+static ladd_status check_head(int rows, int heads, int dh) {
+    if (dh < 1 || dh > HEAD_MOST) return ladd_fail(LADD_ERR_VALUE, "a head size from 1 to %d expected, got %d", (int)HEAD_MOST, dh);
+    if ((int64_t)rows * heads > INT32_MAX)
+        return ladd_fail(LADD_ERR_VALUE, "fewer than 2**31 heads in all rows expected, got %lld", (long long)rows * heads);
+    return LADD_OK;
 }
 
 template <int V, typename T>
@@ -311,13 +318,13 @@ static ladd_status rms_norm_forward(LADD_CTX, T *y, float *rstd, const T *x, con
                                     ptrdiff_t y_row, float eps) {
     const int team = team_of<V>(dh);
     const int64_t items = (int64_t)rows * heads;
-    return LADD_LAUNCH(ctx, (rms_norm_forward_kernel<V, T>), (unsigned)ladd_ceil_div(items, LADD_BLOCK / team), LADD_BLOCK, 0, y, rstd, x, w, items,
-                       heads, dh, team, (int64_t)x_row, (int64_t)y_row, eps);
+    return LADD_LAUNCH(ctx, (rms_norm_forward_kernel<V, T>), (unsigned)ladd_ceil_div(items, LADD_BLOCK / team), LADD_BLOCK, 0, y, rstd, x, w,
+                       (uint32_t)items, heads, dh, team, (int64_t)x_row, (int64_t)y_row, eps);
 }
 
 ladd_status LADD_CUDA(rms_norm_heads_forward)(LADD_CTX, ladd_act *y, float *rstd, const ladd_act *x, const ladd_act *w, int rows, int heads, int dh,
                                               ptrdiff_t x_row, ptrdiff_t y_row, float eps) {
-    LADD_TRY(check_head(dh));
+    LADD_TRY(check_head(rows, heads, dh));
     LADD_CUDA_DISPATCH(ctx, T, const bool wide = vectors<T>(dh, x_row, y, x, w) && y_row % LADD_VEC<T> == 0;
                        const auto run = wide ? rms_norm_forward<LADD_VEC<T>, T> : rms_norm_forward<1, T>;
                        return run(ctx, (T *)y, rstd, (const T *)x, (const T *)w, rows, heads, dh, x_row, y_row, eps));
@@ -326,7 +333,7 @@ ladd_status LADD_CUDA(rms_norm_heads_forward)(LADD_CTX, ladd_act *y, float *rstd
 /* Each team takes HEAD_ROUNDS items; the block's share of dw goes to parts[block, dh] (NULL: skip), its teams added in order. */
 template <int V, typename T>
 __global__ void __launch_bounds__(LADD_BLOCK)
-    rms_norm_backward_kernel(T *dx, float *parts, const T *dy, const T *x, const float *rstd, const T *w, int64_t items, int heads, int dh, int team,
+    rms_norm_backward_kernel(T *dx, float *parts, const T *dy, const T *x, const float *rstd, const T *w, uint32_t items, int heads, int dh, int team,
                              int64_t x_row, int64_t dy_row, int64_t dx_row) {
     constexpr int K = HEAD_RUNS<V>;
     __shared__ float shared[LADD_BLOCK * K * V];
@@ -334,8 +341,9 @@ __global__ void __launch_bounds__(LADD_BLOCK)
     float weight[K][V], sums[K][V] = {};
     load_head<V>(weight, w, member, team, dh, true);
     for (int round = 0; round < HEAD_ROUNDS; round++) {
-        const int64_t item = ((int64_t)blockIdx.x * HEAD_ROUNDS + round) * teams + threadIdx.x / team, row = item / heads;
-        const int head = (int)(item % heads) * dh;
+        const uint32_t item = (blockIdx.x * HEAD_ROUNDS + round) * teams + threadIdx.x / team;
+        const int64_t row = item / (uint32_t)heads;
+        const int head = (int)(item % (uint32_t)heads) * dh;
         const bool valid = item < items;
         const float s = valid ? rstd[item] : 0.0f;
         float v[K][V], d[K][V], product = 0.0f;
@@ -380,14 +388,14 @@ static ladd_status rms_norm_backward(LADD_CTX, T *dx, float *dw, const T *dy, co
     const int64_t items = (int64_t)rows * heads, blocks = ladd_ceil_div(items, (int64_t)LADD_BLOCK / team * HEAD_ROUNDS);
     void *parts = nullptr;
     if (dw) LADD_TRY(ladd_cuda_scratch(ctx, &parts, 0, sizeof(float) * (size_t)blocks * dh));
-    LADD_TRY(LADD_LAUNCH(ctx, (rms_norm_backward_kernel<V, T>), (unsigned)blocks, LADD_BLOCK, 0, dx, (float *)parts, dy, x, rstd, w, items, heads, dh,
-                         team, (int64_t)x_row, (int64_t)dy_row, (int64_t)dx_row));
+    LADD_TRY(LADD_LAUNCH(ctx, (rms_norm_backward_kernel<V, T>), (unsigned)blocks, LADD_BLOCK, 0, dx, (float *)parts, dy, x, rstd, w, (uint32_t)items,
+                         heads, dh, team, (int64_t)x_row, (int64_t)dy_row, (int64_t)dx_row));
     return dw ? ladd_sum_parts<true>(ctx, dw, 0, (const float *)parts, 1, (int)blocks, dh) : LADD_OK;
 }
 
 ladd_status LADD_CUDA(rms_norm_heads_backward)(LADD_CTX, ladd_act *dx, float *dw, const ladd_act *dy, const ladd_act *x, const float *rstd,
                                                const ladd_act *w, int rows, int heads, int dh, ptrdiff_t x_row, ptrdiff_t dy_row, ptrdiff_t dx_row) {
-    LADD_TRY(check_head(dh));
+    LADD_TRY(check_head(rows, heads, dh));
     LADD_CUDA_DISPATCH(ctx, T, const bool wide = vectors<T>(dh, x_row, dx, dy, x, w) && dy_row % LADD_VEC<T> == 0 && dx_row % LADD_VEC<T> == 0;
                        const auto run = wide ? rms_norm_backward<LADD_VEC<T>, T> : rms_norm_backward<1, T>;
                        return run(ctx, (T *)dx, dw, (const T *)dy, (const T *)x, rstd, (const T *)w, rows, heads, dh, x_row, dy_row, dx_row));

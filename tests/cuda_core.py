@@ -115,7 +115,8 @@ class Api(ctypes.Structure):
         ("count", ctypes.c_void_p),
         ("open", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int)),
         ("close", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
-        ("enter", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)),
+        ("enter", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))),
+        ("leave", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
         ("backend", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int)),
     )
 
@@ -149,7 +150,7 @@ class Device:
         assert address is not None
         if ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *types)(address)(ctypes.byref(context), *arguments) != 0:
             message = self.message
-            if self.api.enter(self.state) != 0:  # broken by this: the next test gets a fresh one
+            if self.api.enter(self.state, ctypes.byref(ctypes.c_void_p())) != 0:  # broken by this: the next test gets a fresh one
                 self._reopen()
             raise RuntimeError(message)
 

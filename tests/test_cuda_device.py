@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -311,6 +313,101 @@ def test_streams_of_the_caller() -> None:
     assert device.stream == own and np.array_equal(a.numpy(), normal(9, 4))
     with pytest.raises(ValueError, match="needs a CUDA device"), ladd.device.stream("cpu", 1):
         pass
+
+
+# ---- what goes on beside ladd in the same process ------------------------------------------------------------------------------------
+
+
+@needs_emulator
+def test_the_callers_context_stays_current() -> None:
+    """Other users of CUDA in a thread find the device that they chose, whatever was called, refused or given back."""
+    library = cuda_device.library()
+    library.ladd_emulator_context.restype = ctypes.c_void_p
+    library.ladd_emulator_set_context.argtypes = [ctypes.c_void_p]
+    before = library.ladd_emulator_context()
+    try:
+        for chosen in (0x1230, None):
+            library.ladd_emulator_set_context(chosen)
+            a = put(normal(1, 3))
+            taken = ladd.device.as_array(Speaker(a, "dlpack"), "x", device=cuda_device.device())
+            with pytest.raises(MemoryError):
+                cuda_device.device().empty((1 << 20, 1 << 14))
+            with ladd.device.record("cuda") as graph:
+                _core.scale(a, 2.0)
+            graph.replay()
+            assert _core.Device(ladd.device._provider(), 0).info()["name"] == "emulator"
+            del graph, taken, a
+            gc.collect()
+            cuda_device.device().wait()
+            assert library.ladd_emulator_context() == chosen
+    finally:
+        library.ladd_emulator_set_context(before)
+
+
+@needs_emulator
+def test_memory_that_was_lent_waits_for_its_consumer() -> None:
+    library = cuda_device.library()
+    library.ladd_emulator_orderings.restype = ctypes.c_char_p
+    a = put(normal(1, 4, 3))
+    library.ladd_emulator_orderings()
+    for array in (a, a[1:], a.reshape(12)):
+        for stream, name in ((None, "1"), (1, "1"), (2, "2"), (77, "77")):
+            capsule = array.__dlpack__(stream=stream)
+            assert library.ladd_emulator_orderings().decode() == f"0>{name} ", "the consumer waits for what was queued"
+            del capsule
+            assert library.ladd_emulator_orderings().decode() == f"{name}>0 ", "and what is queued later for the consumer"
+        array.__dlpack__(stream=-1)
+        assert not library.ladd_emulator_orderings()
+    del array
+    view = a[:2]
+    assert view.__cuda_array_interface__["shape"] == (2, 3)
+    del view
+    assert library.ladd_emulator_orderings().decode() == "1>0 "
+
+
+def test_a_recording_is_kept_from_others() -> None:
+    device = cuda_device.device()
+    a, given, lent = (put(normal(i, 4)) for i in range(3))
+    guest = ladd.device.as_array(Speaker(given, "dlpack"), "x", device=device)
+    references = sys.getrefcount(given)
+    capsule = lent.__dlpack__(stream=1)
+    with ladd.device.record("cuda") as graph:
+        del guest, capsule, lent  # neither the end of a lease nor of a guest may enter the graph
+        gc.collect()
+        with pytest.raises(RuntimeError, match="x: expected a DeviceArray made before the recording began"):
+            ladd.device.as_array(Speaker(a, "dlpack"), "x", device=device)
+        with pytest.raises(RuntimeError, match="x: expected a DeviceArray made before the recording began"):
+            ladd.device.as_array(Foreign(a, "interface"), "x", device=device)
+        result = _core.scale(a, 2.0)
+    device.wait()
+    gc.collect()
+    assert sys.getrefcount(given) == references - 1, "the guest was given back after the recording"
+    graph.replay()
+    assert np.array_equal(result.numpy(), 2 * normal(0, 4))
+    with ladd.device.record("cuda") as second, pytest.raises(RuntimeError, match="no replay expected while a graph is recorded"):
+        graph.replay()
+    second.replay()
+
+
+def test_a_forked_process_is_told() -> None:
+    device = cuda_device.device()
+    child = os.fork()
+    if not child:
+        try:
+            device.empty((3,))
+        except RuntimeError as error:
+            os._exit(0 if "opened before this process was forked off" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_addresses_that_no_kernel_can_read() -> None:
+    a = put(normal(7, 4, 4))
+    described = {**a.__cuda_array_interface__, "data": (a.__cuda_array_interface__["data"][0] + 2, False), "shape": (3,)}
+    with pytest.raises(ValueError, match="x: expected an aligned array, got one at an odd address"):
+        ladd.device.as_array(type("Other", (), {"__cuda_array_interface__": described})(), "x", device=cuda_device.device())
+    with pytest.raises(ValueError, match="stream: expected None, 1, 2, -1 or a handle, got -2"):
+        a.__dlpack__(stream=-2)
 
 
 def test_libraries_are_found_by_pathfinder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@
 #include "binding.h"
 #include "dlpack.h"
 
+#define DEFAULT_STREAM ((void *)(intptr_t)1) /* CUDA's and DLPack's name of the legacy default stream */
+
 static const char *const dtype_names[] = {"float32", "bfloat16", "float16"};
 
 int core_is_array(PyObject *object) { return Py_TYPE(object)->tp_dealloc == core_array_dealloc; }
@@ -61,13 +63,20 @@ PyObject *core_array_view(core_device *device, PyObject *base, int *stale, ladd_
     return (PyObject *)self;
 }
 
+/* What is queued from now on waits for what `stream` holds. For destructors: a failure shows at the device's next call. */
+static void wait_for(const core_device *device, void *stream) {
+    void *before;
+    if (device->api->enter(device->state, &before) == LADD_OK) (void)device->api->wait_for(device->state, stream);
+    device->api->leave(before);
+}
+
 void core_array_dealloc(PyObject *object) {
     core_array *self = (core_array *)object;
     PyTypeObject *type = Py_TYPE(self);
+    /* The stream is not known: the default one waits for all that were made to wait for it. */
+    if (self->lent) wait_for(self->device, DEFAULT_STREAM);
     if (self->data && !self->base) {
         const core_device *device = self->device;
-        /* Whoever was given the memory may still work on it, on a stream of his own. A failure shows at the device's next call. */
-        if (self->lent && device->api->enter(device->state) == LADD_OK) (void)device->api->wait_for(device->state, self->lent_to);
         ladd_context ctx = core_context(device, self->dtype);
         ctx.backend->release(&ctx, self->data);
     }
@@ -274,13 +283,17 @@ static PyObject *array_astype(PyObject *object, PyObject *argument) {
 /* What a consumer of DLPack holds: the array stays alive until he lets go. */
 typedef struct lease {
     DLManagedTensor tensor;
-    int64_t shape[CORE_MAX_DIMS];
+    int64_t shape[CORE_MAX_DIMS], strides[CORE_MAX_DIMS];
     PyObject *array;
+    int ordered; /* 1: he said on which stream he works */
+    void *stream;
 } lease;
 
 static void lease_end(DLManagedTensor *tensor) {
     lease *held = tensor->manager_ctx;
     PyGILState_STATE gil = PyGILState_Ensure();
+    /* What he queued there may not be done yet, and the memory may be handed out again. */
+    if (held->ordered) wait_for(((core_array *)held->array)->device, held->stream);
     Py_DECREF(held->array);
     PyMem_Free(held);
     PyGILState_Release(gil);
@@ -314,27 +327,34 @@ static PyObject *array_dlpack(PyObject *object, PyObject *args, PyObject *kwargs
     }
     long long handle = stream == Py_None ? 1 : PyLong_AsLongLong(stream);
     if (handle == -1 && PyErr_Occurred()) return NULL;
-    if (handle == 0) {
-        PyErr_SetString(PyExc_ValueError, "stream: expected None, 1, 2, -1 or a handle, got 0, which DLPack leaves without a meaning for CUDA");
+    if (handle == 0 || handle < -1) {
+        PyErr_Format(PyExc_ValueError, "stream: expected None, 1, 2, -1 or a handle, got %lld%s", handle,
+                     handle ? "" : ", which DLPack leaves without a meaning for CUDA");
         return NULL;
     }
+    void *consumer = (void *)(intptr_t)handle; /* 1 and 2 are CUDA's own names of the default streams too */
     if (handle != -1) {
         core_call call;
         if (core_begin(&call, NULL, self->device, self->dtype) < 0) return NULL;
-        self->lent = 1;
-        self->lent_to = (void *)(intptr_t)handle; /* 1 and 2 are CUDA's own names of the default streams too */
-        if (core_end(&call, self->device->api->let_wait(self->device->state, self->lent_to)) < 0) return NULL;
+        if (core_end(&call, self->device->api->let_wait(self->device->state, consumer)) < 0) return NULL;
     }
     lease *held = PyMem_Calloc(1, sizeof *held);
     if (!held) return PyErr_NoMemory();
-    memcpy(held->shape, self->shape, sizeof held->shape);
+    int64_t stride = 1;
+    for (int i = self->ndim - 1; i >= 0; i--) {
+        held->shape[i] = self->shape[i];
+        held->strides[i] = stride;
+        stride *= self->shape[i];
+    }
     held->array = Py_NewRef(object);
+    held->ordered = handle != -1;
+    held->stream = consumer;
     held->tensor = (DLManagedTensor){.dl_tensor = {.data = self->data,
                                                    .device = {DL_CUDA, self->device->index},
                                                    .ndim = self->ndim,
                                                    .dtype = dl_type(self->dtype),
                                                    .shape = held->shape,
-                                                   .strides = NULL,
+                                                   .strides = held->strides,
                                                    .byte_offset = 0},
                                      .manager_ctx = held,
                                      .deleter = lease_end};
@@ -369,6 +389,7 @@ static PyObject *array_interface(PyObject *object, void *unused) {
         return NULL;
     }
     if (self->stale) *self->stale = 2;
+    self->lent = 1;
     void *stream = self->device->api->stream(self->device->state);
     return Py_BuildValue("{sN ss s(NO) sO si sK}", "shape", shape_tuple(self), "typestr", self->dtype == LADD_F32 ? "<f4" : "<f2", "data",
                          PyLong_FromVoidPtr(self->data), Py_False, "strides", Py_None, "version", 3, "stream",

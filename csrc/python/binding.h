@@ -53,6 +53,7 @@ typedef struct core_call {
     ladd_context ctx;
     PyThread_type_lock lock; /* of the object, NULL for plain kernels */
     core_device *device;     /* its lock is held too: calls on one device queue their work one after the other */
+    void *before;            /* what was current in this thread */
     PyThreadState *thread;
     struct timespec checked; /* when Ctrl-C was last looked for */
 } core_call;
@@ -86,6 +87,7 @@ struct core_device {
     PyThread_type_lock lock;
     PyTypeObject *array_type, *guest_type;
     struct core_waiting *waiting; /* memory of others that queued work may still read */
+    int recording;                /* 1: calls are recorded into a graph */
 };
 
 typedef struct core_array {
@@ -96,8 +98,7 @@ typedef struct core_array {
     void *data;
     PyObject *base; /* whose memory it is; NULL: its own block */
     int *stale;     /* of the parameters that it shows, or NULL */
-    int lent;       /* 1: a consumer of DLPack works on it on the stream lent_to */
-    void *lent_to;
+    int lent;       /* 1: its address was given away, and whoever has it may work on it after it ends here */
 } core_array;
 
 int core_is_array(PyObject *object);

@@ -38,7 +38,7 @@ typedef struct core_waiting {
     void *event;
     PyObject *owner;
     DLManagedTensor *tensor;
-} core_waiting;
+} core_waiting; /* event NULL: it ended while calls were recorded, and is marked when they no longer are */
 
 static void give_back(PyObject *owner, DLManagedTensor *tensor) {
     Py_XDECREF(owner);
@@ -48,9 +48,13 @@ static void give_back(PyObject *owner, DLManagedTensor *tensor) {
 /* Gives back what is no longer read. */
 static void sweep(core_device *device) {
     core_waiting **at = &device->waiting;
+    void *before;
+    if (!*at || device->recording) return;
+    ladd_status usable = device->api->enter(device->state, &before);
     while (*at) {
         core_waiting *one = *at;
-        if (!device->api->passed(one->event)) {
+        if (!one->event && usable == LADD_OK && device->api->record(device->state, &one->event) != LADD_OK) one->event = NULL;
+        if (one->event && !device->api->passed(one->event)) {
             at = &one->next;
             continue;
         }
@@ -59,14 +63,17 @@ static void sweep(core_device *device) {
         PyMem_Free(one);
         at = &device->waiting; /* a deleter may have run Python, which may have come here */
     }
+    device->api->leave(before);
 }
 
 static void guest_dealloc(PyObject *object) {
     guest *self = (guest *)object;
     PyTypeObject *type = Py_TYPE(self);
     core_device *device = self->device;
-    core_waiting *one = PyMem_Malloc(sizeof *one);
-    if (one && device->api->enter(device->state) == LADD_OK && device->api->record(device->state, &one->event) == LADD_OK) {
+    core_waiting *one = PyMem_Calloc(1, sizeof *one);
+    void *before;
+    ladd_status usable = device->api->enter(device->state, &before);
+    if (one && usable == LADD_OK && (device->recording || device->api->record(device->state, &one->event) == LADD_OK)) {
         one->owner = self->owner;
         one->tensor = self->tensor;
         one->next = device->waiting;
@@ -76,6 +83,7 @@ static void guest_dealloc(PyObject *object) {
         (void)device->api->wait(device->state);
         give_back(self->owner, self->tensor);
     }
+    device->api->leave(before);
     sweep(device);
     Py_DECREF(device);
     type->tp_free(self);
@@ -97,6 +105,19 @@ static int is_dense(int ndim, const int64_t *shape, const int64_t *strides) {
     return 1;
 }
 
+/* What comes in is ordered behind its producer's work, which a recording cannot be. */
+static int not_recording(const core_device *device, const char *name) {
+    if (!device->recording) return 0;
+    PyErr_Format(PyExc_RuntimeError, "%s: expected a DeviceArray made before the recording began, got another library's array", name);
+    return -1;
+}
+
+static int is_aligned(const char *name, const void *data, ladd_dtype dtype) {
+    if ((uintptr_t)data % core_item_size(dtype) == 0) return 1;
+    PyErr_Format(PyExc_ValueError, "%s: expected an aligned array, got one at an odd address", name);
+    return 0;
+}
+
 static PyObject *from_tensor(core_device *device, const char *name, guest *holder, const DLTensor *t) {
     ladd_dtype dtype;
     if (t->dtype.code == DL_FLOAT && t->dtype.bits == 32)
@@ -114,7 +135,8 @@ static PyObject *from_tensor(core_device *device, const char *name, guest *holde
                      CORE_MAX_DIMS);
         return NULL;
     }
-    return core_array_view(device, (PyObject *)holder, NULL, dtype, (char *)t->data + t->byte_offset, t->ndim, t->shape);
+    char *data = (char *)t->data + t->byte_offset;
+    return is_aligned(name, data, dtype) ? core_array_view(device, (PyObject *)holder, NULL, dtype, data, t->ndim, t->shape) : NULL;
 }
 
 static int same_device(core_device *device, const char *name, int type, int index) {
@@ -133,7 +155,7 @@ static PyObject *device_from_dlpack(PyObject *object, PyObject *args) {
     PyObject *place = PyObject_CallMethod(value, "__dlpack_device__", NULL);
     int known = place && PyArg_ParseTuple(place, "ii", &type, &index);
     Py_XDECREF(place);
-    if (!known || same_device(self, name, type, index) < 0) return NULL;
+    if (!known || same_device(self, name, type, index) < 0 || not_recording(self, name) < 0) return NULL;
     sweep(self);
     void *stream = self->api->stream(self->state);
     /* The producer makes our stream wait for his work. */
@@ -173,6 +195,7 @@ static PyObject *device_from_pointer(PyObject *object, PyObject *args) {
         PyErr_Format(PyExc_TypeError, "%s: expected float32 or float16 ('<f4', '<f2'), got '%s'", name, kind);
         return NULL;
     }
+    if (not_recording(self, name) < 0 || !is_aligned(name, (const void *)(uintptr_t)pointer, dtype)) return NULL;
     unsigned long long from = stream == Py_None ? 0 : PyLong_AsUnsignedLongLong(stream);
     if (from == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
     sweep(self);
@@ -236,10 +259,11 @@ static void device_dealloc(PyObject *object) {
     core_device *self = (core_device *)object;
     PyTypeObject *type = Py_TYPE(self);
     if (self->state) {
-        (void)self->api->wait(self->state);
+        void *before;
+        if (self->api->enter(self->state, &before) == LADD_OK) (void)self->api->wait(self->state);
         sweep(self);
-        ladd_empty_cache(); /* arenas of this device */
         self->api->close(self->state);
+        self->api->leave(before);
     }
     if (self->lock) PyThread_free_lock(self->lock);
     Py_XDECREF(self->array_type);
@@ -281,6 +305,7 @@ static PyObject *device_use_stream(PyObject *object, PyObject *handle) {
     self->api->use_stream(self->state, (void *)(uintptr_t)stream, handle == Py_None);
     /* Work goes on in order: memory that was given back on the old stream may be handed out on the new one. */
     ladd_status status = self->api->wait_for(self->state, before);
+    if (status != LADD_OK) self->api->use_stream(self->state, before, 0);
     if (core_end(&call, status) < 0) return NULL;
     Py_RETURN_NONE;
 }
@@ -300,7 +325,10 @@ static PyObject *device_empty(PyObject *object, PyObject *args, PyObject *kwargs
 
 static void graph_capsule_end(PyObject *capsule) {
     core_device *device = PyCapsule_GetContext(capsule);
+    void *before;
+    (void)device->api->enter(device->state, &before);
     device->api->graph_free(PyCapsule_GetPointer(capsule, "ladd.graph"));
+    device->api->leave(before);
     Py_DECREF(device);
 }
 
@@ -308,8 +336,10 @@ static PyObject *device_capture_begin(PyObject *object, PyObject *unused) {
     (void)unused;
     core_device *self = (core_device *)object;
     core_call call;
-    ladd_empty_cache(); /* what is recorded uses memory of the graph's own */
-    if (core_begin(&call, NULL, self, LADD_F32) < 0 || core_end(&call, self->api->capture_begin(self->state)) < 0) return NULL;
+    if (core_begin(&call, NULL, self, LADD_F32) < 0) return NULL;
+    ladd_status status = self->api->capture_begin(self->state);
+    if (status == LADD_OK) self->recording = 1;
+    if (core_end(&call, status) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -319,8 +349,10 @@ static PyObject *device_capture_end(PyObject *object, PyObject *unused) {
     core_call call;
     void *graph = NULL;
     if (core_begin(&call, NULL, self, LADD_F32) < 0) return NULL;
-    ladd_empty_cache(); /* arenas of the recording stay the graph's */
-    if (core_end(&call, self->api->capture_end(self->state, &graph)) < 0) return NULL;
+    self->recording = 0;
+    int ended = core_end(&call, self->api->capture_end(self->state, &graph));
+    sweep(self);
+    if (ended < 0) return NULL;
     PyObject *capsule = PyCapsule_New(graph, "ladd.graph", graph_capsule_end);
     if (!capsule)
         self->api->graph_free(graph);

@@ -64,12 +64,15 @@ int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, la
     if (lock) PyThread_acquire_lock(lock, WAIT_LOCK);
     if (!device) return 0;
     PyThread_acquire_lock(device->lock, WAIT_LOCK);
-    ladd_status status = device->api->enter(device->state);
+    ladd_status status = device->api->enter(device->state, &call->before);
     return status == LADD_OK ? 0 : core_end(call, status);
 }
 
 int core_end(core_call *call, ladd_status status) {
-    if (call->device) PyThread_release_lock(call->device->lock);
+    if (call->device) {
+        call->device->api->leave(call->before);
+        PyThread_release_lock(call->device->lock);
+    }
     if (call->lock) PyThread_release_lock(call->lock);
     PyEval_RestoreThread(call->thread);
     return status == LADD_OK ? 0 : core_raise(status);

@@ -141,7 +141,8 @@ static inline std::common_type_t<A, B> max(A a, B b) {
     E(NoDevice, 100) E(InvalidDevice, 101) E(NoKernelImageForDevice, 209) E(ECCUncorrectable, 214) E(UnsupportedPtxVersion, 222) \
     E(NotReady, 600) E(IllegalAddress, 700) E(LaunchTimeout, 702) E(ContextIsDestroyed, 709) E(Assert, 710) E(HardwareStackError, 714) \
     E(IllegalInstruction, 715) E(MisalignedAddress, 716) E(InvalidAddressSpace, 717) E(InvalidPc, 718) E(LaunchFailure, 719) \
-    E(SystemDriverMismatch, 803) E(StreamCaptureUnsupported, 900)
+    E(NvlinkUncorrectable, 220) E(SystemDriverMismatch, 803) E(StreamCaptureUnsupported, 900) E(StreamCaptureInvalidated, 901) \
+    E(StreamCaptureIsolation, 905) E(CapturedEvent, 907)
 /* clang-format on */
 enum cudaError_t : int {
     cudaSuccess = 0,
@@ -187,6 +188,9 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventQuery(cudaEvent_t event);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaSetDevice(int device);
+/* The driver's, which ladd looks up on a device. */
+int cuCtxGetCurrent(void **context);
+int cuCtxSetCurrent(void *context);
 cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaGetDeviceCount(int *count);
 struct cudaDeviceProp {

@@ -172,6 +172,8 @@ struct ladd_emulator_graph {
     std::vector<std::function<cudaError_t()>> work;
 };
 static ladd_emulator_graph *capturing;
+static cudaStream_t capturing_stream;
+static bool capture_broken;
 
 /* How often the host waited for the device since the last question: calls that wait, and copies of pageable memory, before which the driver may. */
 static int waits;
@@ -248,16 +250,21 @@ bool ladd_emulator::captured(std::function<cudaError_t()> work) {
     return true;
 }
 
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-    if (capturing) return set_error(cudaErrorStreamCaptureUnsupported, "");
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (capturing || (uintptr_t)stream < 2) return set_error(cudaErrorStreamCaptureUnsupported, "");
     capturing = new ladd_emulator_graph;
+    capturing_stream = stream;
+    capture_broken = false;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
     if (!capturing) return set_error(cudaErrorStreamCaptureUnsupported, "");
     *graph = capturing;
     capturing = nullptr;
-    return cudaSuccess;
+    if (!capture_broken) return cudaSuccess;
+    cudaGraphDestroy(*graph);
+    *graph = nullptr;
+    return set_error(cudaErrorStreamCaptureInvalidated, "");
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long) {
     *ready = new ladd_emulator_graph(*graph);
@@ -275,7 +282,10 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t ready) { return cudaGraphDestroy(ready); }
 
 struct ladd_emulator_stream {};
-struct ladd_emulator_event {};
+struct ladd_emulator_event {
+    cudaStream_t stream;
+    bool captured;
+};
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
     *stream = new ladd_emulator_stream;
     return cudaSuccess;
@@ -288,23 +298,58 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) {
     waits++;
     return capturing ? set_error(cudaErrorStreamCaptureUnsupported, "") : cudaSuccess;
 }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+/* Who was made to wait for whom since the last question: "a>b " for each, where b waits for a. 0 is the stream of the device. */
+static std::string orderings;
+extern "C" const char *ladd_emulator_orderings() {
+    static std::string told;
+    told.swap(orderings);
+    orderings.clear();
+    return told.c_str();
+}
+/* A captured stream waits for nothing that was not captured with it, and nobody may ask after captured work. */
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    const auto number = [](cudaStream_t s) { return std::to_string((uintptr_t)s < 4096 ? (uintptr_t)s : 0); };
+    orderings += number(event->stream) + ">" + number(stream) + " ";
+    if (!capturing || event->captured == (stream == capturing_stream)) return cudaSuccess;
+    capture_broken = true;
+    return set_error(cudaErrorStreamCaptureIsolation, "");
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
-    *event = new ladd_emulator_event;
+    *event = new ladd_emulator_event{};
     return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
     delete event;
     return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    *event = {stream, capturing && stream == capturing_stream};
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return event->captured ? set_error(cudaErrorCapturedEvent, "") : cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
 cudaError_t cudaDeviceSynchronize() {
     waits++;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : set_error(cudaErrorInvalidDevice, ""); }
+static thread_local void *context; /* current in this thread; device 0 has &context_of_device */
+static char context_of_device;
+cudaError_t cudaSetDevice(int device) {
+    if (device != 0) return set_error(cudaErrorInvalidDevice, "");
+    context = &context_of_device;
+    return cudaSuccess;
+}
+int cuCtxGetCurrent(void **current) {
+    *current = context;
+    return 0;
+}
+int cuCtxSetCurrent(void *current) {
+    context = current;
+    return 0;
+}
+/* For the tests: what is current in this thread, and another choice. */
+extern "C" void *ladd_emulator_context() { return context; }
+extern "C" void ladd_emulator_set_context(void *chosen) { context = chosen; }
 cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
