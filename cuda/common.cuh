@@ -34,9 +34,9 @@ LADD_KERNELS(LADD_PROTOTYPE)
     extern __shared__ __align__(16) unsigned char ladd_dynamic_shared[]; \
     type *name = reinterpret_cast<type *>(ladd_dynamic_shared)
 #else
-#define LADD_LAUNCH(ctx, kernel, grid, block, shared_bytes, ...)                                                                           \
-    ladd_cuda_check((ctx), ladd_emulator::launch(#kernel, kernel, (grid), (block), (shared_bytes), ladd_cuda((ctx))->stream, __VA_ARGS__), \
-                    "launch of " #kernel)
+#define LADD_LAUNCH(ctx, kernel, grid, block, shared_bytes, ...)                                                     \
+    (ladd_emulator::launch(#kernel, kernel, (grid), (block), (shared_bytes), ladd_cuda((ctx))->stream, __VA_ARGS__), \
+     ladd_cuda_check((ctx), cudaGetLastError(), "launch of " #kernel))
 #define LADD_DYNAMIC_SHARED(type, name) type *name = static_cast<type *>(ladd_emulator::dynamic_shared())
 #endif
 #define LADD_ALLOW_SHARED(ctx, kernel, bytes) \

@@ -214,12 +214,15 @@ static ladd_status pinned_take(LADD_CTX, ladd_cuda_pinned **taken, size_t bytes)
     ladd_cuda_state *state = ladd_cuda(ctx);
     for (ladd_cuda_pinned **at = &state->pinned; *at; at = &(*at)->next) {
         ladd_cuda_pinned *block = *at;
-        if (block->bytes < bytes || block->bytes / 2 > bytes || cudaEventQuery(block->done) != cudaSuccess) continue;
+        if (block->bytes < bytes || block->bytes / 2 > bytes) continue;
+        if (cudaEventQuery(block->done) != cudaSuccess) {
+            cudaGetLastError(); /* "not ready" is no error here; left there, the next launch would be taken for a failed one */
+            continue;
+        }
         *at = block->next;
         *taken = block;
         return LADD_OK;
     }
-    cudaGetLastError(); /* "not ready" is no error here */
     while (state->pinned && state->pinned_bytes + bytes > LADD_CUDA_PINNED_MOST) {
         ladd_cuda_pinned *oldest = state->pinned;
         LADD_CUDA_TRY(ctx, cudaEventSynchronize(oldest->done));

@@ -389,6 +389,24 @@ def test_a_recording_is_kept_from_others() -> None:
     second.replay()
 
 
+@needs_emulator
+def test_copies_under_way_are_no_errors() -> None:
+    """A question after unfinished work leaves "not ready" as CUDA's last error, which the next launch must not meet."""
+    library, device = cuda_device.library(), cuda_device.device()
+    x = normal(1, 30_000)
+    kept = put(x)
+    try:
+        for busy in (1, 1, 2):  # a second block, then the second of two, then a third
+            library.ladd_emulator_set_busy(busy)
+            assert np.array_equal(_core.scale(put(x), 2.0).numpy(), 2 * x)
+        taken = ladd.device.as_array(Speaker(kept, "dlpack"), "x", device=device)
+        library.ladd_emulator_set_busy(1)
+        del taken
+        assert np.array_equal(_core.scale(kept, 2.0).numpy(), 2 * x)
+    finally:
+        library.ladd_emulator_set_busy(0)
+
+
 def test_a_forked_process_is_told() -> None:
     device = cuda_device.device()
     child = os.fork()

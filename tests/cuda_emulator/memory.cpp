@@ -327,7 +327,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return event->captured ? set_error(cudaErrorCapturedEvent, "") : cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
+static int busy; /* questions after events that are answered with "not ready", which CUDA remembers as its last error */
+extern "C" void ladd_emulator_set_busy(int questions) { busy = questions; }
+cudaError_t cudaEventQuery(cudaEvent_t event) { return busy > 0 && busy-- ? set_error(cudaErrorNotReady, "") : cudaEventSynchronize(event); }
 cudaError_t cudaDeviceSynchronize() {
     waits++;
     return cudaSuccess;

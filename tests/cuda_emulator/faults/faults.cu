@@ -13,7 +13,11 @@ extern "C" ladd_status ladd_cuda_check(const ladd_context *, cudaError_t error, 
 }
 extern "C" const char *fault_sentence() { return sentence; }
 extern "C" int fault_alloc(void **block, size_t bytes) { return cudaMalloc(block, bytes); }
-extern "C" int fault_free(void *block) { return cudaFree(block); }
+extern "C" int fault_free(void *block) {
+    const cudaError_t error = cudaFree(block);
+    cudaGetLastError(); /* else the next launch would meet it */
+    return error;
+}
 extern "C" int fault_copy(void *to, const void *from, size_t bytes) { return cudaMemcpy(to, from, bytes, cudaMemcpyDefault); }
 
 /* A block reverses 64 numbers through shared memory. */
