@@ -259,7 +259,7 @@ extern "C" ladd_status ladd_cuda_upload(LADD_CTX, void *device, const void *host
     }
     for (size_t from = 0; from < bytes; from += LADD_CUDA_PINNED_MOST / 4) { /* weights: in pieces */
         const size_t part = bytes - from < LADD_CUDA_PINNED_MOST / 4 ? bytes - from : LADD_CUDA_PINNED_MOST / 4;
-        ladd_cuda_pinned *block;
+        ladd_cuda_pinned *block = nullptr;
         LADD_TRY(pinned_take(ctx, &block, part));
         memcpy(block->host, (const char *)host + from, part);
         cudaError_t error = cudaMemcpyAsync((char *)device + from, block->host, part, cudaMemcpyHostToDevice, state->stream);
