@@ -254,6 +254,7 @@ class Drawings:
     """A pipeline that draws a real view for every prompt, or the same grey square."""
 
     guidance_scale = 3.0
+    model = SimpleNamespace(dtype="float32", device="cpu")
 
     def __init__(self, perfect: bool) -> None:
         self.perfect = perfect

@@ -7,6 +7,7 @@ Layout: model_index.json, one folder a transformer (student/, teacher/ or transf
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -348,8 +349,8 @@ def _rows(array: Array, part: slice) -> Array:
 
 
 def _bar(shown: bool, steps: int) -> Any:
-    from tqdm.auto import tqdm
-
+    # tqdm.auto warns in notebooks without ipywidgets, also where no bar is shown.
+    tqdm = importlib.import_module("tqdm.auto" if shown else "tqdm").tqdm
     return tqdm(total=steps, desc="sampling", unit="step", disable=not shown)
 
 

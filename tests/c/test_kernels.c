@@ -136,7 +136,7 @@ static void vectors(const ladd_context *ctx, int B, int64_t n) {
     CHECK(samples != NULL);
     for (int b = 0; b < B; b++) samples[b] = ((int64_t)1 << 40) + b;
     ladd_rng_key key = {.seed = UINT64_MAX, .purpose = UINT32_MAX, .step = UINT64_MAX};
-    double value = 0.0;
+    double value = 0.0, values[3];
     CHECK_OK(k->normal(ctx, y, key, samples, B, n));
     CHECK_OK(k->renoise(ctx, x, z, x, t, key, samples, B, n));
     CHECK_OK(k->renoise(ctx, x, NULL, x, t, key, samples, B, n));
@@ -156,17 +156,17 @@ static void vectors(const ladd_context *ctx, int B, int64_t n) {
     CHECK_OK(k->copy(ctx, z, y, B * n));
     for (int loss = LADD_LOSS_HINGE; loss <= LADD_LOSS_BCE; loss++)
         for (int role = LADD_ROLE_REAL; role <= LADD_ROLE_GENERATOR; role++) {
-            CHECK_OK(k->adversarial_loss(ctx, &value, z, y, (ladd_loss)loss, (ladd_role)role, 1.0f, B * n));
-            CHECK_OK(k->adversarial_loss(ctx, &value, NULL, y, (ladd_loss)loss, (ladd_role)role, 1.0f, B * n));
+            CHECK_OK(k->adversarial_loss(ctx, values, z, y, (ladd_loss)loss, (ladd_role)role, 1.0f, B * n));
+            CHECK_OK(k->adversarial_loss(ctx, values, NULL, y, (ladd_loss)loss, (ladd_role)role, 1.0f, B * n));
         }
-    CHECK(k->adversarial_loss(ctx, &value, z, y, (ladd_loss)9, LADD_ROLE_REAL, 1.0f, B * n) == LADD_ERR_VALUE);
+    CHECK(k->adversarial_loss(ctx, values, z, y, (ladd_loss)9, LADD_ROLE_REAL, 1.0f, B * n) == LADD_ERR_VALUE);
     CHECK_OK(k->zero(ctx, m, B * n));
     CHECK_OK(k->zero(ctx, v, B * n));
-    CHECK_OK(k->adamw(ctx, x, m, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 1, 1.0f));
-    CHECK(k->adamw(ctx, x, m, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 0, 1.0f) == LADD_ERR_VALUE);
-    CHECK_OK(k->adamw(ctx, x, NULL, v, y, B * n, 1e-3f, 0.0f, 0.99f, 1e-8f, 0.01f, 1, 1.0f));
-    CHECK(k->adamw(ctx, x, NULL, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 1, 1.0f) == LADD_ERR_VALUE);
-    CHECK_OK(k->ema(ctx, x, y, 0.9f, B * n));
+    CHECK_OK(k->adamw(ctx, x, m, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 1, 1.0f, NULL, NULL));
+    CHECK(k->adamw(ctx, x, m, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 0, 1.0f, NULL, NULL) == LADD_ERR_VALUE);
+    CHECK_OK(k->adamw(ctx, x, NULL, v, y, B * n, 1e-3f, 0.0f, 0.99f, 1e-8f, 0.01f, 1, 1.0f, NULL, NULL));
+    CHECK(k->adamw(ctx, x, NULL, v, y, B * n, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.01f, 1, 1.0f, NULL, NULL) == LADD_ERR_VALUE);
+    CHECK_OK(k->ema(ctx, x, y, 0.9f, B * n, NULL));
     CHECK_OK(k->sum_squares(ctx, &value, x, B * n));
     CHECK(value > 0.0 && test_finite(x, B * n));
     float *all[] = {x, y, z, t, m, v};
