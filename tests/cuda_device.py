@@ -4,9 +4,12 @@ one, on a GPU."""
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cuda_emulator
@@ -14,6 +17,7 @@ import pytest
 
 import ladd
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 MEMORY = 256 << 20  # of the emulated device, so that running out of it is quick
 ON_GPU = os.environ.get("LADD_TEST_GPU") == "1"
 needs_device = pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="the emulator is compiled with g++")
@@ -43,3 +47,12 @@ def device() -> ladd.device.Device:
     opened = ladd.device.get("cuda")
     assert opened is not None
     return opened
+
+
+def benchmark(name: str) -> Any:
+    """A module of benchmarks/, importable by the others of its folder."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

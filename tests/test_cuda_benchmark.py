@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_device import needs_emulator
+from cuda_device import BENCHMARKS, benchmark, needs_emulator
 
 from ladd import attention
 
 TESTS = Path(__file__).resolve().parent
-BENCHMARKS = TESTS.parent / "benchmarks"
 ON_EMULATOR = f"""
 import sys
 sys.path[:0] = [{str(TESTS)!r}, {str(BENCHMARKS)!r}]
@@ -28,15 +26,7 @@ sys.exit(cuda.main(sys.argv[1:]))
 HEADER = {"device": "a GPU", "dtype": "bfloat16", "ladd": "0", "torch": None, "tests": "passed"}
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu, cuda_work = load("gpu"), load("cuda_work")
+gpu, cuda_work = benchmark("gpu"), benchmark("cuda_work")
 
 
 @needs_emulator

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,8 @@ import ladd
 
 pytestmark = pytest.mark.peers
 
-BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cuda_work, cuda, cuda_torch = (load(name) for name in ("cuda_work", "cuda", "cuda_torch"))
+cuda_work, cuda, cuda_torch = (cuda_device.benchmark(name) for name in ("cuda_work", "cuda", "cuda_torch"))
 
 
 @pytest.fixture
