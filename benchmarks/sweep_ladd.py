@@ -22,7 +22,7 @@ from ladd.data import openmoji
 from ladd.evaluation import evaluate
 from ladd.evaluation.classifier import FeatureNetwork
 from ladd.pipeline import Pipeline
-from ladd.training import ladd as distillation
+from ladd.training import distill
 
 KINDS = (("1 step", 1, "euler"), ("4 re-noise", 4, "renoise"), ("4 Euler", 4, "euler"))
 NUMBERS = ("fid", "recall", "diversity_overall")
@@ -82,7 +82,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         config = load_toml(options.config, changes)
         config.pop("stage", None)
-        pipeline = distillation.run(config, out=folder, dtype=options.dtype)
+        pipeline = distill.run(config, out=folder, dtype=options.dtype)
         assert pipeline is not None
         results[run] = {"steps": options.steps, "table": measure(pipeline, options.pictures, network, against)}
         path.write_text(json.dumps(results, indent=1) + "\n")

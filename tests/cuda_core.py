@@ -1,4 +1,4 @@
-"""The kernels of a device behind the functions of ladd._core, so that the case table of kernel_rows.py runs on them: NumPy float32
+"""The kernels of a device behind the functions of ladd._core, so that the case table of kernel_rows/ runs on them: NumPy float32
 in and out, the compute type float32, bfloat16 or float16 in between.
 
 Every array gets a buffer of its own of exactly its size, filled with NaN where it is an output. `shift` moves every buffer by

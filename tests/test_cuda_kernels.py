@@ -1,4 +1,4 @@
-"""Every kernel of cuda/ through the case table of kernel_rows.py, in float32, bfloat16 and float16: on a GPU where ladd was built
+"""Every kernel of cuda/ through the case table of kernel_rows/, in float32, bfloat16 and float16: on a GPU where ladd was built
 for one and finds it, else by the emulator of tests/cuda_emulator.
 
 Inputs are rounded to the compute type first, so that the float64 oracle sees the same numbers; what remains is how a kernel
@@ -8,13 +8,11 @@ and prints the errors.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 import time
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import cuda_core
@@ -22,7 +20,7 @@ import kernel_rows
 import numpy as np
 import pytest
 import support
-from kernel_rows import Arrays, Row
+from kernel_rows.row import Arrays, Row
 from oracle import autodiff as ad
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled with g++")
@@ -35,15 +33,9 @@ FLOAT32_ONLY = {"adamw", "sum_squares", "ema", "clip_factor", "r1_factors"}  # t
 
 @cache
 def rows(dtype: str, shift: int = 0) -> dict[str, Row]:
-    """The case table with `_core` replaced by the device. Built anew, for some rows take their kernel when they are made."""
-    path = Path(__file__).parent / "kernel_rows.py"
-    spec = importlib.util.spec_from_file_location(f"kernel_rows_{dtype}_{shift}", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module._core = cuda_core.Core(cuda_core.device(), dtype, shift)
+    """The case table on the device."""
     table = {}
-    for row in module.all_rows():
+    for row in kernel_rows.all_rows(cuda_core.Core(cuda_core.device(), dtype, shift)):
         if dtype != "float32" and row.kernels[0] in FLOAT32_ONLY:
             continue
         inputs = {name: round_input(name, x, dtype) for name, x in row.inputs.items()}

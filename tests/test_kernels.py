@@ -1,4 +1,4 @@
-"""Every kernel of csrc/backend.h against float64, through the case table of kernel_rows.py.
+"""Every kernel of csrc/backend.h against float64, through the case table of kernel_rows/.
 
 `python tests/test_kernels.py --check` runs the table without pytest (so that a subprocess can do it on another instruction set);
 `python tests/test_kernels.py --time [word]` times the rows whose name holds the word, and a few of model size.
@@ -19,7 +19,7 @@ import kernel_rows
 import numpy as np
 import pytest
 import support
-from kernel_rows import Arrays, Row
+from kernel_rows.row import Arrays, Row
 from oracle import autodiff as ad
 from oracle import philox
 

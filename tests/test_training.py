@@ -22,9 +22,9 @@ import ladd
 from ladd import _core, _purposes
 from ladd.config import AdamWConfig, LADDConfig
 from ladd.data import shards
-from ladd.training import autoencoder, common, generate, teacher
-from ladd.training import ladd as distillation
+from ladd.training import autoencoder, common, distill, generate, teacher
 from ladd.training import watch as watching
+from ladd.training.ladd import LADD
 
 Array = np.ndarray
 
@@ -58,12 +58,12 @@ def data(batch: int = 6, seed: int = 0) -> tuple[Array, Array, Array]:
     return smooth(batch, seed), context, rng.standard_normal((batch, 12)).astype(np.float32)
 
 
-def trainer(**settings: Any) -> distillation.LADD:
+def trainer(**settings: Any) -> LADD:
     model = stirred(ladd.MMDiT(MMDIT, seed=1), 1)
     heads = ladd.Discriminator(
         ladd.DiscriminatorConfig(feature_dim=16, taps=(0, 1), pooled_dim=12, width=8, num_groups=2, condition_dim=4), seed=2
     )
-    return distillation.LADD(model.copy(), model, heads, LADDConfig(**settings))
+    return LADD(model.copy(), model, heads, LADDConfig(**settings))
 
 
 ALL_TERMS = {"r1_weight": 1e-4, "misaligned_weight": 0.5, "distillation_weight": 0.2, "d_steps": 2}
@@ -246,23 +246,23 @@ def test_not_finite_gradients_are_named_and_not_applied() -> None:
 def test_parts_that_do_not_fit() -> None:
     t = trainer()
     with pytest.raises(ValueError, match="two models"):
-        distillation.LADD(t.teacher, t.teacher, t.discriminator)
+        LADD(t.teacher, t.teacher, t.discriminator)
     narrow = ladd.Discriminator(ladd.DiscriminatorConfig(feature_dim=8, taps=(0,), pooled_dim=12, width=8))
     with pytest.raises(ValueError, match="feature_dim must be the teacher's width 16"):
-        distillation.LADD(t.student, t.teacher, narrow)
+        LADD(t.student, t.teacher, narrow)
     deep = ladd.Discriminator(ladd.DiscriminatorConfig(feature_dim=16, taps=(0, 7), pooled_dim=12, width=8))
     with pytest.raises(ValueError, match="below the teacher's 2 blocks"):
-        distillation.LADD(t.student, t.teacher, deep)
+        LADD(t.student, t.teacher, deep)
 
 
 def test_a_configuration_may_be_a_table() -> None:
     t = trainer()
     parts = t.student, t.teacher, t.discriminator
-    assert distillation.LADD(*parts, {"student": {"lr": 0.5}}).config.student.lr == 0.5
+    assert LADD(*parts, {"student": {"lr": 0.5}}).config.student.lr == 0.5
     with pytest.raises(ValueError, match="unknown key 'los'; did you mean 'loss'"):
-        distillation.LADD(*parts, {"los": "hinge"})
+        LADD(*parts, {"los": "hinge"})
     with pytest.raises(TypeError, match="LADDConfig must be a table of keys and values, got int"):
-        distillation.LADD(*parts, 3)  # type: ignore[arg-type]
+        LADD(*parts, 3)  # type: ignore[arg-type]
     assert repr(t).startswith("<ladd.LADD of <ladd.MMDiT, ") and repr(t).endswith(", 0 updates>")
 
 
@@ -367,7 +367,7 @@ class Counter:
 
 
 def test_a_killed_run_goes_on_after_its_last_checkpoint(tmp_path: Path) -> None:
-    settings = distillation.LADDRun(steps=10, checkpoint_every=4)
+    settings = distill.LADDRun(steps=10, checkpoint_every=4)
 
     def go(resume: bool, stop_before: int = 99, **changes: Any) -> common.Run:
         chosen = dataclasses.replace(settings, **changes)
@@ -414,7 +414,7 @@ RUN_HEADER: dict[str, Any] = {"config": {}, "step": 4, "steps": 0, "max_minutes"
     ],
 )
 def test_a_checkpoint_whose_header_is_wrong(tmp_path: Path, text: str, message: str) -> None:
-    settings = distillation.LADDRun(steps=10)
+    settings = distill.LADDRun(steps=10)
     model, path = Counter(), tmp_path / "step-00000004"
     common.save_state(path, model.state())
     (path / "state.json").write_text(text, errors="surrogateescape")
@@ -455,7 +455,7 @@ def test_the_bar_shows_what_was_asked_for_and_the_speed(tmp_path: Path, monkeypa
             shown.append(values)
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
-    settings = distillation.LADDRun(steps=2, batch=50)
+    settings = distill.LADDRun(steps=2, batch=50)
     book, model = common.Run(tmp_path, {"run": settings}, settings, resume=False, shown=("loss_d", "logit_gap")), Counter()
     book.restore(model)
     for step in book:
@@ -469,7 +469,7 @@ def test_the_bar_shows_what_was_asked_for_and_the_speed(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_saves_the_step_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, presses: int) -> None:
-    settings = distillation.LADDRun(steps=9, checkpoint_every=100, max_minutes=5)
+    settings = distill.LADDRun(steps=9, checkpoint_every=100, max_minutes=5)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a machine's runner may have it ignored
 
     def go(stop_at: int) -> int:
@@ -522,8 +522,8 @@ def test_settings_without_effect_are_named() -> None:
     heads = ladd.DiscriminatorConfig(feature_dim=16, taps=(0,), pooled_dim=4, norm="none", num_groups=4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        distillation._warn_unused(config, ladd.LADDConfig(r1_interval=4, pair_times="all"), heads)
-        distillation._warn_unused(config, ladd.LADDConfig(r1_interval=4, r1_weight=1, pair_times="all", pair_weight=1), heads)
+        distill._warn_unused(config, ladd.LADDConfig(r1_interval=4, pair_times="all"), heads)
+        distill._warn_unused(config, ladd.LADDConfig(r1_interval=4, r1_weight=1, pair_times="all", pair_weight=1), heads)
     assert [str(w.message) for w in caught] == [
         "ladd.r1_interval has no effect: ladd.r1_weight is 0",
         "ladd.pair_times has no effect: ladd.pair_weight is 0",
@@ -532,7 +532,7 @@ def test_settings_without_effect_are_named() -> None:
 
 
 def test_a_time_budget_plans_the_steps_once(tmp_path: Path) -> None:
-    settings = distillation.LADDRun(steps=1000, checkpoint_every=5, max_minutes=0.3 / 60)
+    settings = distill.LADDRun(steps=1000, checkpoint_every=5, max_minutes=0.3 / 60)
 
     def go(stop_before: int = 9999) -> int:
         book, model = common.Run(tmp_path, {"run": settings}, settings, resume=True, shown=()), Counter()
@@ -649,9 +649,9 @@ def test_the_whole_chain_and_its_resumption(tmp_path: Path, monkeypatch: pytest.
     lines = [json.loads(line) for line in (tmp_path / "teacher" / "whole" / "metrics.jsonl").read_text().splitlines()]
     losses = [[line[f"loss_{name}"] for name in ("seen", "heldout_base", "heldout_combination")] for line in lines if "loss_seen" in line]
     assert len(losses) == 2 and 0.3 < np.min(losses) and np.max(losses) < 10 and len(set(losses[1])) == 3
-    result = both_ways(distillation, config, tmp_path / "ladd")
+    result = both_ways(distill, config, tmp_path / "ladd")
     with pytest.raises(ValueError, match="holds encoded drawings"):
-        distillation.run({**config, "data": {**config["data"], "latents": str(drawings)}}, out=tmp_path / "y")
+        distill.run({**config, "data": {**config["data"], "latents": str(drawings)}}, out=tmp_path / "y")
     student = ladd.Pipeline.from_pretrained(result, model="student")
     images = student(["red apple", "cat face"], steps=1, seed=[5, 6]).images
     alone = student("cat face", steps=1, seed=6).images
@@ -659,4 +659,4 @@ def test_the_whole_chain_and_its_resumption(tmp_path: Path, monkeypatch: pytest.
     assert np.abs(difference).max() <= 1  # alone and in a batch: the same up to rounding
     assert (tmp_path / "ladd" / "whole" / "samples" / "step-00000004.png").exists()
     with pytest.raises(ValueError, match="unknown key 'stepz'"):
-        distillation.run({**config, "run": {**RUN, "stepz": 1}}, out=tmp_path / "x")
+        distill.run({**config, "run": {**RUN, "stepz": 1}}, out=tmp_path / "x")

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# stage of a configuration -> module of ladd.training with run(config, *, out, resume, dry_run)
-STAGES = {"autoencoder": "autoencoder", "teacher": "teacher", "generate": "generate", "distill": "ladd"}
+# command -> stages of a configuration that it runs, each a module of ladd.training with run(config, *, out, resume, dry_run)
 _TRAINED_BY = {"train": ("autoencoder", "teacher"), "generate": ("generate",), "distill": ("distill",)}
 _ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError, ArithmeticError, ImportError)
 
@@ -243,7 +242,7 @@ def _run(options: argparse.Namespace) -> None:
     allowed = _TRAINED_BY[options.command]
     if stage not in allowed:
         raise ValueError(f"{options.config}: stage must be {' or '.join(map(repr, allowed))} for `ladd {options.command}`, got {stage!r}")
-    module = importlib.import_module(f".training.{STAGES[stage]}", __package__)
+    module = importlib.import_module(f".training.{stage}", __package__)
     result = module.run(config, out=_folder(options.out), resume=options.resume, dry_run=options.dry_run, **_place(options))
     if result is not None:
         print(result)

@@ -243,14 +243,14 @@ def distil(
 ) -> tuple[Pipeline, list[dict[str, float]]]:
     """A fresh student and what was logged while it learned."""
     from .pipeline import Pipeline
-    from .training import ladd as distillation
+    from .training import distill
 
     config = {
         "data": {"teacher": str(model), "latents": str(latents)},
         "ladd": {**RECIPE, "seed": seed},
         "run": {"steps": 1_000_000, "max_minutes": minutes, "batch": batch, "checkpoint_every": 0, "sample_every": 0},
     }
-    pipeline = distillation.run(config, out=folder, dtype=dtype)
+    pipeline = distill.run(config, out=folder, dtype=dtype)
     assert pipeline is not None  # only a dry run has none
     return Pipeline.from_pretrained(pipeline, model="student"), read_metrics(folder / "metrics.jsonl")
 
