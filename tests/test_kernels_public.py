@@ -155,6 +155,27 @@ def test_forward_formulas() -> None:
     assert noise.tobytes() == k.normal(X.shape, seed=7, purpose=3, step=2, samples=[5, 9]).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("width", "kernel", "stride"),
+    [(34, (1, 36), 2), (34, (3, 35), 2), (20, (5, 2), 3), (600, (1, 7), 2)],  # of the first two a patch with its margins is as wide as dx
+)
+def test_kernels_of_unequal_sides(width: int, kernel: tuple[int, int], stride: int) -> None:
+    """The forward against the definition, and <dy, conv(x)> = <dx, x> = <dw, w>: a convolution is linear in each."""
+    x, w = normal(2, 3, 6, width), normal(4, 3, *kernel)
+    top, left, bottom, right = padding = (1, 3, 0, 4)
+    y = k.conv2d_forward(x, w, stride=stride, padding=padding)
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    seen = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=(2, 3))[:, :, ::stride, ::stride]
+    wanted = np.einsum("bcijhw,mchw->bmij", seen, w.astype(np.float64))
+    assert np.allclose(y, wanted, rtol=0, atol=1e-4)
+    dy = normal(*y.shape, seed=1)
+    dx, dw, _ = k.conv2d_backward(dy, x, w, stride=stride, padding=padding)
+    product = float((dy * wanted).sum())
+    room = 1e-5 * float(np.linalg.norm(dy) * np.linalg.norm(wanted))
+    assert float((dx.astype(np.float64) * x).sum()) == pytest.approx(product, abs=room)
+    assert float((dw.astype(np.float64) * w).sum()) == pytest.approx(product, abs=room)
+
+
 @pytest.mark.parametrize("loss", ["hinge", "logistic", "lsgan", "bce"])
 @pytest.mark.parametrize("role", ["real", "fake", "generator"])
 def test_adversarial_loss_formulas(loss: Any, role: Any) -> None:

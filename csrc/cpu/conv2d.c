@@ -363,7 +363,7 @@ static void conv_forward_task(void *argument, int64_t task) {
             }
         }
     }
-    const int whole = s->Wq == j->YW; /* then rows follow each other */
+    const int whole = at.c1 - at.c0 == s->Wq && s->Wq == j->YW; /* no margins: rows follow each other in both */
     const int rows = whole ? 1 : at.r1 - at.r0, width = (at.c1 - at.c0) * (whole ? at.r1 - at.r0 : 1);
     for (int m = first; m < last; m++) {
         float bias = j->bias ? j->bias[m] : 0.0f;
