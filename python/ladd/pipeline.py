@@ -273,8 +273,7 @@ class Pipeline:
         picture = pictures.load(image, (height, width), count)
         if strength is None:
             strength = IMAGE_STRENGTH if mask is None else 1.0
-        elif isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
-            raise ValueError(f"strength must be a number in [0, 1], got {strength!r}")
+        strength = sampling.check_strength(strength)
         steps = len(times) - 1
         if mask is None and times[sampling.first_step(steps, strength)] == 1:
             warnings.warn(

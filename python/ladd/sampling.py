@@ -68,6 +68,19 @@ def check_sigmas(values: Any) -> Array:
     return array
 
 
+def _times(given: Any, steps: int | None) -> Array:
+    if (given is None) == (steps is None):
+        raise ValueError(f"give either sigmas or steps, got sigmas={given!r} and steps={steps!r}")
+    return sigmas(steps) if steps is not None else check_sigmas(given)
+
+
+def check_strength(value: Any) -> float:
+    """A share of the steps."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"strength must be a number in [0, 1], got {value!r}")
+    return float(value)
+
+
 def check_guidance(value: Any, batch: int) -> Array:
     """Guidance scales [batch], at least 1: 0 is off as 1 is, the velocity with text."""
     scale = np.asarray(value)
@@ -207,10 +220,7 @@ def iterate(
                      picture's with strength only
     rng              "philox", or "torch" for the numbers that PyTorch's CPU generator would give
     """
-    run = _Run(
-        model, context, pooled, size, sigmas, steps, method, guidance_scale, negative, seeds, latents, strength, mask, masked_latents, rng
-    )
-    return run.states()
+    return _Run(**locals()).states()
 
 
 def sample(
@@ -233,9 +243,7 @@ def sample(
     callback: Callable[[State], object] | None = None,
 ) -> Array:
     """Latents [B,C,H,W] at the end of `iterate`, which explains the arguments. callback is called with each State."""
-    run = _Run(
-        model, context, pooled, size, sigmas, steps, method, guidance_scale, negative, seeds, latents, strength, mask, masked_latents, rng
-    )
+    run = _Run(**{name: value for name, value in locals().items() if name != "callback"})
     for state in run.states():
         if callback is not None:
             callback(state)
@@ -243,22 +251,23 @@ def sample(
 
 
 class _Run:
-    """One sampling run: checked inputs, the current latents, and the loop."""
+    """One sampling run: checked inputs (the arguments of `iterate`), the current latents, and the loop."""
 
     def __init__(
         self,
+        *,
         model: Model,
         context: Any,
         pooled: Any,
-        size: tuple[int, int] | None,
-        given_sigmas: Any,
-        steps: int | None,
+        size: Any,
+        sigmas: Any,
+        steps: Any,
         method: str,
         guidance_scale: Any,
-        negative: tuple[Any, Any] | None,
+        negative: Any,
         seeds: Any,
         latents: Any,
-        strength: float | None,
+        strength: Any,
         mask: Any,
         masked_latents: Any,
         rng: str,
@@ -275,7 +284,7 @@ class _Run:
         if rng not in ("philox", "torch"):
             raise ValueError(f"rng must be philox or torch, got {rng!r}")
         self.method = method
-        self.sigmas = self._times(given_sigmas, steps)
+        self.sigmas = _times(sigmas, steps)
         self._guidance(guidance_scale, negative)
         self.text: tuple[Any, Any] = (self.context, self.pooled)
         if self.device is not None:  # sent once, not at every step
@@ -294,11 +303,6 @@ class _Run:
     def result(self) -> Any:
         """The latents where the model is."""
         return devices.as_array(self.x, "latents", device=self.device)
-
-    def _times(self, given: Any, steps: int | None) -> Array:
-        if (given is None) == (steps is None):
-            raise ValueError(f"give either sigmas or steps, got sigmas={given!r} and steps={steps!r}")
-        return sigmas(steps) if steps is not None else check_sigmas(given)
 
     def _guidance(self, given: Any, negative: tuple[Any, Any] | None) -> None:
         self.scale = check_guidance(given, len(self.pooled)).reshape(-1, 1, 1, 1)
@@ -379,11 +383,8 @@ class _Run:
             return
         if given is None:
             raise ValueError(f"{'mask' if blended else 'strength'} needs latents, those of the picture to change")
-        strength = 1.0 if strength is None else strength
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
-            raise ValueError(f"strength must be a number in [0, 1], got {strength!r}")
-        steps = len(self.sigmas) - 1
-        self.sigmas = self.sigmas[first_step(steps, strength) :]
+        begin = 0 if strength is None else first_step(len(self.sigmas) - 1, check_strength(strength))
+        self.sigmas = self.sigmas[begin:]
         noise = self.noise.start(shape)
         self.x = _core.interpolate(np.ascontiguousarray(given), noise, np.full(batch, self.sigmas[0], np.float32))
         if blended:
