@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ def test_demo_from_latents_to_page(tiny_folder: Any, tmp_path: Any, monkeypatch:
     config = classifier.FeatureNetworkConfig(tuple(vocabulary), openmoji.BACKGROUNDS, channels=(8, 8, 16, 16, 16, 16), features=16)
     classifier.FeatureNetwork(config, seed=2).save(tmp_path / "classifier")
     out = tmp_path / "out"
+    (out / "latents").mkdir(parents=True)  # of another run: not the demonstration's to remove
     settings: dict[str, Any] = {"model": tiny_folder, "latents": 16, "pictures": 8, "batch": 8, "classifier": tmp_path / "classifier"}
     numbers = demo.run(out, 0.005, **settings)
     stored = json.loads((out / "metrics.json").read_text())
@@ -60,9 +62,19 @@ def test_demo_from_latents_to_page(tiny_folder: Any, tmp_path: Any, monkeypatch:
     width, height = Image.open(out / "samples.png").size
     assert width > 128 * len(demo.SHOWCASE) and height > 128 * len(sampled)
     # The student that the page shows is not the teacher any more, and a second run begins anew.
-    student, teacher = (demo.evaluate.load_pipelines(out / "distillation" / "pipeline")[name] for name in ("student", "teacher"))
+    student, teacher = (demo.evaluate.load_pipelines(out / "demo-work" / "distillation" / "pipeline")[name] for name in ("student", "teacher"))
     assert not np.array_equal(student.model.flat, teacher.model.flat)
     assert demo.run(out, 0.005, **settings)["latents"] == 16
+    assert (out / "latents").is_dir()
+
+
+def test_demo_needs_both_models(tiny_folder: Any, tmp_path: Any) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "half")
+    table = json.loads((tmp_path / "half" / "ladd.json").read_text())
+    del table["models"]["teacher"]
+    (tmp_path / "half" / "ladd.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="half has no teacher"):
+        demo.run(tmp_path / "out", model=tmp_path / "half")
 
 
 def test_demo_refuses_no_time(tmp_path: Any) -> None:

@@ -1,7 +1,7 @@
 """The demonstration: a one-step student distilled from the shipped teacher in some minutes, and a page that shows what came out.
 
     synthetic latents from the teacher  ->  LADD for `minutes`  ->  the same prompts and seeds through every model
-    ->  a small quality table  ->  report.html, samples.png, metrics.json
+    ->  a small quality table  ->  report.html, samples.png, metrics.json; the latents and the student in demo-work/
 
 Everything is fitted to the machine: how many latents and how many measured pictures there are follows from the time of a first
 forward.
@@ -23,6 +23,7 @@ from . import report
 from .config import load_json
 from .evaluation import evaluate
 from .evaluation.evaluate import Row
+from .files import write_json
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -280,7 +281,7 @@ def write(folder: Path, page: report.Page, numbers: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report.write_html(folder / "report.html", page)
     report.write_grid(folder / "samples.png", page.prompts, page.strips)
-    (folder / "metrics.json").write_text(json.dumps(evaluate.plain(numbers), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", evaluate.plain(numbers))
 
 
 def measure(
@@ -333,16 +334,17 @@ def run(
 
     latents, pictures: synthetic latents and measured pictures a row; None: as many as fit into GENERATE_SECONDS and
     EVALUATE_SECONDS. dtype: of the synthetic latents and of the distillation, "float32" or "bfloat16"; what the page shows is
-    sampled in float32. What an earlier run left in `out` is made anew.
+    sampled in float32. What an earlier run left in `out` is made anew; other files there stay.
     """
     from . import _core
 
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     folder, seconds = Path(out), dict[str, float]()
-    for stale in ("latents", "distillation"):
-        shutil.rmtree(folder / stale, ignore_errors=True)
     pipelines = evaluate.load_pipelines(model)
+    missing = {"teacher", "student"} - set(pipelines)
+    if missing:
+        raise ValueError(f'the demonstration compares with a "teacher" and a "student"; {model} has no {" and no ".join(sorted(missing))}')
     teacher = pipelines["teacher"]
     guidance_scale = float(teacher.guidance_scale)
     each = seconds_a_forward(teacher, batch)
@@ -352,10 +354,12 @@ def run(
     if pictures is None:
         pictures = fitting(EVALUATE_SECONDS, each * sum(map(forwards, rows)), batch, _PICTURES)
 
+    work = folder / "demo-work"  # a name of its own: it is removed, and `out` may be a folder that holds other runs
+    shutil.rmtree(work, ignore_errors=True)
     with stage(seconds, "generate", f"the teacher writes {latents} synthetic latents, {GENERATE_STEPS} guided steps each"):
-        generate(model, folder / "latents", latents, guidance_scale, batch, seed, dtype)
+        generate(model, work / "latents", latents, guidance_scale, batch, seed, dtype)
     with stage(seconds, "distil", f"a fresh student learns from them for {minutes:g} minutes"):
-        pipelines["fresh"], history = distil(model, folder / "latents", folder / "distillation", minutes, batch, seed, dtype)
+        pipelines["fresh"], history = distil(model, work / "latents", work / "distillation", minutes, batch, seed, dtype)
     with stage(seconds, "sample", f"{len(SHOWCASE)} prompts through every model"):
         shown = showcase(pipelines, rows, guidance_scale)
     with stage(seconds, "measure", f"{pictures} pictures a row for the quality table"):
