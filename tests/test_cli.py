@@ -144,6 +144,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, ladd_cli: Any) -> None:
     assert not (tmp_path / "run").exists()
 
 
+LICENSE = Path(__file__).parent.parent / "LICENSE"  # a file without a suffix
 ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "no model": (("sample", "x", "--model", "nowhere"), "no folder 'nowhere'"),
     "no steps": (("sample", "x", "--model", "PIPELINE", "--steps", "0"), "steps must be an integer in [1, 100000], got 0"),
@@ -156,6 +157,8 @@ ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "not a model": (("info", "RUN"), "must be a .safetensors file"),
     "no configuration": (("train", "none.toml", "--out", "x"), "none.toml: No such file or directory"),
     "output that is a file": (("train", "RUN", "--out", "RUN"), "--out must be a folder, got the file"),
+    "pictures into a file": (("sample", "x", "--model", "PIPELINE", "--out", str(LICENSE)), "--out must be a folder, got the file"),
+    "a table into a file": (("evaluate", "PIPELINE", "--out", "RUN"), "--out must be a folder, got the file"),
     "another command's stage": (("distill", "RUN", "--out", "x"), "stage must be 'distill' for `ladd distill`, got 'autoencoder'"),
     "unknown section": (("train", "RUN", "--out", "x", "--set", "modle.x=1"), "unknown key 'modle'; did you mean 'model'"),
     "unknown key": (("train", "RUN", "--out", "x", "--set", "run.step=1"), "[run]: unknown key 'step'; did you mean 'steps'"),

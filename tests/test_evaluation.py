@@ -90,6 +90,8 @@ def test_word_recall_grants_as_many_words_as_the_caption_has() -> None:
     assert recall[0] == 1.0
     assert recall[1] == pytest.approx(1 / 3)
     assert np.isnan(recall[2])
+    assert metrics.mean_recall(scores, words) == pytest.approx(2 / 3)
+    assert np.isnan(metrics.mean_recall(scores, [np.array([], int)] * 3))
 
 
 def test_spread_within_prompts_against_plain_loops() -> None:
@@ -374,6 +376,7 @@ def test_the_bar() -> None:
         ({"seeds": (1, 1)}, "seeds must be different"),
         ({"rows": [evaluate.Row("x", "other", 1)]}, "rows need the pipelines other"),
         ({"views": 1}, "views must be at least 2"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
     ],
 )
 def test_evaluation_refuses_impossible_settings(network_folder: Any, changes: dict[str, Any], message: str) -> None:

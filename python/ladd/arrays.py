@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,16 @@ def per_sample(value: Any, name: str, batch: int, low: float = 0.0, high: float 
     if not ((array >= low) & (array <= high)).all():  # NaN fails too
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {array.tolist()}")
     return array
+
+
+def named_views(flat: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Consecutive parts of a flat buffer as arrays of these shapes, by name."""
+    views, start = {}, 0
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        views[name] = flat[start : start + count].reshape(shape)
+        start += count
+    return views
 
 
 def seeds_for(seeds: Any, batch: int) -> list[int]:

@@ -182,6 +182,8 @@ def _sample(options: argparse.Namespace) -> None:
     # A name that ends in another picture type would become a folder without a word.
     if options.out.suffix not in ("", ".png"):
         raise ValueError(f"--out must be a .png file or a folder, got {options.out}")
+    if options.out.suffix == "":
+        _folder(options.out)
     for name in ("strength", "mask"):
         if getattr(options, name) is not None and options.image is None:
             raise ValueError(f"--{name} needs --image, the picture to change")
@@ -254,7 +256,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     names = ("pictures", "held_out_pictures", "seeds", "splits", "guidance_scale", "batch", "classifier")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given |= _place(options)
-    result = evaluate.run(options.model, options.out, progress=sys.stderr.isatty(), **given)
+    out = None if options.out is None else _folder(options.out)
+    result = evaluate.run(options.model, out, progress=sys.stderr.isatty(), **given)
     print(evaluate.markdown(result))
 
 

@@ -1,4 +1,7 @@
-"""Files and folders that are written whole or not at all: killed at any instant, what was there before remains, or all of the new is there."""
+"""Files and folders that are written whole or not at all: killed at any instant, what was there before remains, or all of the new is there.
+
+A folder takes two renames: whoever is killed between them leaves the earlier one as .NAME.old, complete.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_json(path: str | Path, table: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
+    """ValueError for NaN and infinities, which JSON does not have."""
+    write_bytes(path, (json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, _purposes
-from .arrays import Array, as_float32
+from .arrays import Array, as_float32, named_views
 from .config import check_keys, load_json
 from .weights import check_names, finite_weights, model_folder, read_folder, save_model
 
@@ -62,19 +62,12 @@ class WordEncoder:
             self._shapes["pooled_embedding.weight"] = (rows, pooled_dim)
         self.flat: Array = np.zeros(sum(r * c for r, c in self._shapes.values()), dtype=np.float32)
         self.flat_grad: Array = np.zeros_like(self.flat)
-        self._tensors, self._grads = self._views(self.flat), self._views(self.flat_grad)
+        self._tensors, self._grads = named_views(self.flat, self._shapes), named_views(self.flat_grad, self._shapes)
         self._last: NDArray[np.int64] | None = None
         for i, (name, tensor) in enumerate(self._tensors.items()):
             # Words differ from the start; places begin as a small change to them.
             deviation = 0.1 if name.startswith("position") else 1.0
             tensor[...] = _core.normal((1, *tensor.shape), seed, _purposes.INIT, i)[0] * np.float32(deviation)
-
-    def _views(self, flat: Array) -> dict[str, Array]:
-        views, at = {}, 0
-        for name, shape in self._shapes.items():
-            views[name] = flat[at : at + shape[0] * shape[1]].reshape(shape)
-            at += shape[0] * shape[1]
-        return views
 
     def __repr__(self) -> str:
         return f"<ladd.WordEncoder, {len(self.vocabulary)} words, {self.num_parameters:,} parameters>"

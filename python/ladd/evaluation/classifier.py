@@ -25,13 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core, _purposes
+from ..arrays import Array, named_views
 from ..config import from_dict, load_json
 from ..weights import check_names, read_folder, save_model
 
 if TYPE_CHECKING:
     from ..data.openmoji import Record, View
-
-Array = NDArray[np.float32]
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "pretrained" / "openmoji" / "classifier"
 _CLASS_NAME, _STEM = "FeatureNetwork", "model"
@@ -115,11 +114,11 @@ class FeatureNetwork:
         total = sum(math.prod(shape) for shape in shapes.values())
         self.flat = np.zeros(total, np.float32)
         self.flat_grad = np.zeros(total, np.float32)
-        self.tensors = _views(self.flat, shapes)
-        self.gradients = _views(self.flat_grad, shapes)
+        self.tensors = named_views(self.flat, shapes)
+        self.gradients = named_views(self.flat_grad, shapes)
         self._number = {word: i for i, word in enumerate(config.words)}
         normals = _core.normal((1, total), seed, _purposes.INIT)[0]
-        for name, value in _views(normals, shapes).items():
+        for name, value in named_views(normals, shapes).items():
             if name.startswith("norm.") and name.endswith(".weight"):
                 self.tensors[name][...] = 1.0
             elif name.endswith(".weight"):
@@ -273,15 +272,6 @@ def _public(table: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if not key.startswith("_")}
 
 
-def _views(flat: Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-    views, start = {}, 0
-    for name, shape in shapes.items():
-        count = math.prod(shape)
-        views[name] = flat[start : start + count].reshape(shape)
-        start += count
-    return views
-
-
 def true_place(views: Sequence[View]) -> NDArray[np.float64]:
     """Centres [n,2] of the drawings, (x, y), as a share of the picture; 0 is the middle. A view's place is its share of the
     free room."""
@@ -296,14 +286,13 @@ def true_place(views: Sequence[View]) -> NDArray[np.float64]:
 def agreement(network: FeatureNetwork, views: Sequence[View], images: Array) -> dict[str, float]:
     """How well the network reads real views: word recall, background accuracy, mean error of the place in pixels and of the
     scale."""
-    from .metrics import word_recall
+    from .metrics import mean_recall
 
     seen = network.predict(images)
-    recall = word_recall(seen.words, [network.word_numbers(view.record.name) for view in views])
     background = np.array([network.config.backgrounds.index(view.background) for view in views])
     scale = np.array([view.scale for view in views])
     return {
-        "word_recall": float(np.nanmean(recall)) if np.isfinite(recall).any() else float("nan"),
+        "word_recall": mean_recall(seen.words, [network.word_numbers(view.record.name) for view in views]),
         "background_accuracy": float((seen.background == background).mean()),
         "place_error_pixels": float(np.abs(seen.place - true_place(views)).mean() * network.config.size),
         "scale_error": float(np.abs(seen.scale - scale).mean()),

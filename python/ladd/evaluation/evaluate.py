@@ -10,9 +10,12 @@ should vary in.
     recall        share of the caption's content words that the network sees in the picture; "of real": over its share in real
                   pictures of the same prompts
     background    share of the prompts that name a background colour and get it
-    diversity     spread of background, place and scale within a prompt, over the real spread (metrics.relative_diversity)
-    nearest       median distance to the nearest training view, in features and in pixels: far below that of held-out real
-                  pictures would mean copies
+    diversity     spread of background, place and scale within a prompt, over the real spread (metrics.relative_diversity), as the
+                  network reads them: what it misreads counts as spread, in blurred pictures more than in the real ones that they
+                  are measured by. It says nothing of the drawing itself, of which real pictures of a prompt have just one
+    nearest       median distance to the nearest of the bank, which is the reference set and one white, centred view of each training
+                  drawing; in features and in pixels. It finds copies of such views, whole pictures: far below what real pictures
+                  of the same prompts have would mean them. A known drawing at another place is no copy in this sense
     seconds       a picture, wall clock, at the batch size that is stated
 
 Real pictures are rounded to 8 bits like everything that comes out of a pipeline, so that no row has an advantage.
@@ -20,7 +23,6 @@ Real pictures are rounded to 8 bits like everything that comes out of a pipeline
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +35,7 @@ from numpy.typing import NDArray
 
 from .. import _purposes
 from ..device import to_host
+from ..files import write_bytes, write_json
 from . import metrics
 from .classifier import FeatureNetwork, Prediction
 
@@ -168,12 +171,12 @@ def _small(images: NDArray[np.uint8]) -> Array:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real training views: a random set for FID and KID, and with one view of every training drawing more, for nearest
-    neighbours."""
+    """Real training views: a random set for FID and KID, and the bank for nearest neighbours, which has one view of every training
+    drawing more."""
 
-    features: Array
-    bank_features: Array
-    bank_pixels: Array
+    features: Array  # [R,F]
+    bank_features: Array  # [R + records,F]
+    bank_pixels: Array  # [R + records,3*H*W/4]
 
 
 def reference(network: FeatureNetwork, records: Sequence[Record], pictures: int) -> Reference:
@@ -207,7 +210,7 @@ def measure(
     seen = network.predict(from_bytes(images))
     target = against.features if target is None else target
     words = [network.word_numbers(view.record.name) for view in prompts.views]
-    recall, real_recall = (float(np.nanmean(metrics.word_recall(p.words, words))) for p in (seen, real))
+    recall, real_recall = (metrics.mean_recall(p.words, words) for p in (seen, real))
     wanted = np.array([network.config.backgrounds.index(view.background) for view in prompts.views])
     named = prompts.named
     given, truth = (
@@ -265,7 +268,8 @@ def measure_rows(
     report: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[str, float]]:
     """The table of one seed: numbers by row name. own_target: compare FID and KID with so many real views of `records` themselves
-    (held-out pictures are not distributed as training pictures are), 0: with the training reference."""
+    (held-out pictures are not distributed as training pictures are), 0: with the training reference. report: called with the name of
+    each row that is done."""
     from ..data.openmoji import Views
 
     prompts = prompt_set(records, pictures, views, seed)
@@ -278,7 +282,6 @@ def measure_rows(
     seeds = [_FIRST_PICTURE_SEED + seed * _SEED_STRIDE + i for i in range(len(prompts.views))]
     table = {}
     for row in rows:
-        report(row.name)
         start = time.perf_counter()
         if row.source == "real":
             images = originals
@@ -290,6 +293,7 @@ def measure_rows(
         table[row.name] = measure(network, images, prompts, against, real, target)
         if row.source != "real":
             table[row.name]["seconds"] = elapsed / len(images)
+        report(row.name)
     return table
 
 
@@ -476,6 +480,10 @@ def run(
         raise ValueError(f"seeds must be different numbers in [0, {_REFERENCE_SEED}), got {list(seeds)}")
     for count in (pictures, held_out_pictures):
         _check_counts(count, views)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # before hours of work that a file in its place would waste
     network = FeatureNetwork.from_pretrained(classifier)
     pipelines = load_pipelines(model, device=device, dtype=dtype) if pipelines is None else pipelines
     places = sorted({f"{pipe.model.dtype} on {pipe.model.device}" for pipe in pipelines.values()})
@@ -534,15 +542,13 @@ def run(
             result["splits"][split] = summarize(tables)
     result["bar"] = bar(result["splits"]["train"]) if "train" in splits else None
     if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (folder / "evaluation.md").write_text(markdown(result), encoding="utf-8")
+        write_json(Path(out, "evaluation.json"), plain(result))
+        write_bytes(Path(out, "evaluation.md"), markdown(result).encode())
     return result
 
 
 def plain(value: Any) -> Any:
-    """NaN, which JSON does not have, becomes null."""
+    """NaN and infinities, which JSON does not have, become null."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

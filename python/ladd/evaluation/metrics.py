@@ -103,6 +103,12 @@ def word_recall(scores: NDArray[np.floating], words: Sequence[NDArray[np.integer
     return recall
 
 
+def mean_recall(scores: NDArray[np.floating], words: Sequence[NDArray[np.integer]]) -> float:
+    """Mean of word_recall over the captions that have a known word; NaN where none has."""
+    recall = word_recall(scores, words)
+    return _mean(recall[np.isfinite(recall)])
+
+
 @dataclass(frozen=True)
 class Spread:
     """How much pictures of one prompt differ, averaged over prompts; see within_prompt_spread."""
@@ -120,8 +126,8 @@ def _groups(group: NDArray[np.integer]) -> Iterator[NDArray[np.intp]]:
             yield members
 
 
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
+def _mean(values: Sequence[float] | Float64) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def within_prompt_spread(
