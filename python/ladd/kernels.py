@@ -302,13 +302,13 @@ def renoise_forward(x0: Any, t: Any, *, seed: int, purpose: int = 0, step: int =
     student's output: LADD, arXiv 2403.12015, section 3.1). x0 [B,...]; t [B] or a number, in [0, 1]. Returns x_t and e, both of x0's
     shape."""
     x0 = as_float32(x0, "x0")
-    return _core.renoise(x0, _per_row(t, "t", x0), seed, purpose, step, _samples(samples), return_noise=True)
+    return _core.renoise(x0, _times(t, x0, "x0"), seed, purpose, step, _samples(samples), return_noise=True)
 
 
 def renoise_backward(dout: Any, t: Any) -> Array:
     """dx0 [B,...] = (1 - t) dout."""
     dout = as_float32(dout, "dout")
-    return _core.row_scale(dout, 1 - _per_row(t, "t", dout))
+    return _core.row_scale(dout, 1 - _times(t, dout, "dout"))
 
 
 def adamw(
@@ -400,10 +400,10 @@ def _samples(samples: ArrayLike | None) -> NDArray[np.int64] | None:
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-def _per_row(value: Any, name: str, like: Array) -> Array:
-    if like.ndim == 0:
-        raise ValueError("expected an array of shape [B, ...], got a single number")
-    return per_sample(value, name, like.shape[0])
+def _times(t: Any, rows: Array, name: str) -> Array:
+    if rows.ndim == 0:
+        raise ValueError(f"{name} must have shape [B, ...], got a single number")
+    return per_sample(t, "t", rows.shape[0])
 
 
 def _shared(value: Any, name: str) -> Array:
