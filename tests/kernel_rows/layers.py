@@ -71,6 +71,9 @@ def matrix_products(core: Any, rows: list[Row]) -> None:
         (2, 2, 70, 31, 3, 3, 3, (1, 1, 1, 1)),
         (2, 300, 13, 12, 17, 1, 1, (0, 0, 0, 0)),
         (5, 6, 8, 8, 7, 3, 1, (1, 1, 1, 1)),  # samples that share a tile
+        (2, 3, 5, 4, 3, 1, 1, (1, 0, 0, 2)),  # 1x1, but no row of pixels: a margin
+        (1, 3, 7, 5, 4, 1, 2, (0, 0, 0, 0)),  # or a stride, which also leaves rows of x that no tap reaches
+        (1, 2, 8, 7, 3, 2, 3, (1, 0, 1, 1)),
     )
     for b, c_in, h, w, c_out, kernel, stride, pad in convs:
 
