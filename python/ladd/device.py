@@ -72,8 +72,8 @@ def locate_library(name: str) -> str:
 
 
 def check_dtype(device: Device | None, dtype: str) -> None:
-    """The CPU computes in float32, or, where it has AVX512_BF16 (elsewhere an error), with the factors of matrix products rounded to
-    bfloat16; a GPU in float32, bfloat16 and float16. Sums, statistics and masters are float32 everywhere."""
+    """The CPU computes in float32, or, where it has AVX512_BF16 (elsewhere an error), with the factors of products and convolutions
+    rounded to bfloat16; a GPU in float32, bfloat16 and float16. Sums, statistics and masters are float32 everywhere."""
     allowed = DTYPES if device is not None else DTYPES[:2]
     if dtype not in allowed:
         raise ValueError(f"dtype must be {' or '.join(map(repr, allowed))} on {device or 'cpu'}, got {dtype!r}")

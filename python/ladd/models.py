@@ -30,8 +30,8 @@ _FAR = 16.0  # images beyond it are bytes that were not scaled; up to it they ma
 class _Model(abc.ABC, Generic[C]):
     """What all models share: one flat buffer of weights, one of gradients, and names for their parts.
 
-    dtype: what is computed in. On the CPU "float32" or "bfloat16"; the latter rounds the factors of matrix products only and is an
-    error on a processor without AVX512_BF16. On a device "float32", "bfloat16" or "float16". Weights are float32 in all of them.
+    dtype: what is computed in. On the CPU "float32" or "bfloat16"; the latter rounds the factors of products and convolutions only and is
+    an error on a processor without AVX512_BF16. On a device "float32", "bfloat16" or "float16". Weights are float32 in all of them.
     """
 
     config: C

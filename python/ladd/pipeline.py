@@ -148,8 +148,8 @@ class Pipeline:
     def from_pretrained(cls, path: str | Path = "openmoji", *, model: str | None = None, device: str = "cpu", dtype: str = "float32") -> Self:
         """A folder, or "openmoji" for the model that comes with the package. model: "student" or "teacher"; None: the folder's default.
 
-        device: "cpu", "cuda" or "cuda:1"; dtype: "float32"; "bfloat16" (on the CPU: products only, and an error where it has
-        no AVX512_BF16); on a GPU also "float16". Text is encoded on the CPU.
+        device: "cpu", "cuda" or "cuda:1"; dtype: "float32"; "bfloat16" (on the CPU: products and convolutions only, and an error
+        where it has no AVX512_BF16); on a GPU also "float16". Text is encoded on the CPU.
         """
         folder = pipeline_folder(path)
         if not folder.is_dir():

@@ -15,7 +15,8 @@ should vary in.
                   are measured by. It says nothing of the drawing itself, of which real pictures of a prompt have just one
     nearest       median distance to the nearest of the bank, which is the reference set and one white, centred view of each training
                   drawing; in features and in pixels. It finds copies of such views, whole pictures: far below what real pictures
-                  of the same prompts have would mean them. A known drawing at another place is no copy in this sense
+                  of the same prompts have would mean them. A known drawing at another place is no copy in this sense, and a blurred
+                  picture is nearer to all of them in pixels: read it beside FID
     seconds       a picture, wall clock, at the batch size that is stated
 
 Real pictures are rounded to 8 bits like everything that comes out of a pipeline, so that no row has an advantage.
