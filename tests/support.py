@@ -39,6 +39,29 @@ def normal(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+class ByArray:
+    """An array of another library: nothing but __array__."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self.array.astype(dtype) if dtype else self.array
+
+
+class ByDLPack:
+    """An array of another library: nothing but DLPack."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
 def seeded_weights(shapes: Mapping[str, Iterable[int]], seed: int) -> dict[str, Array]:
     """Float32 weights that depend on seed, names and shapes only: matrices of unit gain, norm weights near one, small biases."""
     rng = np.random.default_rng(seed)

@@ -126,9 +126,11 @@ def test_power_iteration_only_when_asked_for() -> None:
             support.assert_close(value, reference, 1e-5, key)
         else:
             assert same_bits(value, weights[key])
-    first = saved.backward(x["dlogits"])
-    forward(model, "default", x, update_u=True)  # moves u again: what was saved must not care
+    first, gradient = saved.backward(x["dlogits"]), model.flat_grad.copy()
+    forward(model, "default", x, update_u=True)  # moves u again: what was saved must not care, and the weights' gradients read u
+    model.flat_grad[:] = 0
     assert all(same_bits(a, b) for a, b in zip(first, saved.backward(x["dlogits"]), strict=True))
+    assert same_bits(gradient, model.flat_grad)
 
 
 def test_initial_weights_have_unit_spectral_norm() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import ByArray, ByDLPack
 
 from ladd import _core, kernels
 
@@ -476,29 +477,6 @@ def same(a: Any, b: Any) -> bool:
     return all(x.tobytes() == y.tobytes() if isinstance(x, np.ndarray) else x == y for x, y in zip(flat(a), flat(b), strict=True))
 
 
-class Foreign:
-    """An array of some other library: DLPack and nothing else."""
-
-    def __init__(self, array: Array) -> None:
-        self.array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self.array.__dlpack_device__()
-
-
-class Converts:
-    """An object with `__array__` and nothing else."""
-
-    def __init__(self, array: Array) -> None:
-        self.array = array
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
-        return self.array
-
-
 def test_every_public_kernel_is_tested_and_documented() -> None:
     assert set(PUBLIC) | {"adamw"} == set(kernels.__all__)
     for name in kernels.__all__:
@@ -515,7 +493,7 @@ def test_whatever_holds_the_numbers_is_accepted(kernel: str, name: str) -> None:
     call, function = PUBLIC[kernel], getattr(kernels, kernel)
     wanted, value = function(**call), call[name]
     strided = np.repeat(value, 2, axis=-1)[..., ::2]
-    for given in (value.astype(np.float64), value.astype(">f4"), strided, value.tolist(), Foreign(value), Converts(value)):
+    for given in (value.astype(np.float64), value.astype(">f4"), strided, value.tolist(), ByDLPack(value), ByArray(value)):
         assert same(function(**{**call, name: given}), wanted), type(given)
 
 
@@ -584,7 +562,7 @@ def test_public_adamw_writes_in_place_or_refuses() -> None:
     kernels.adamw(**call, lr=0.1, step=1, weight_decay=0.0)
     assert np.allclose(call["p"], normal(3, 4) - 0.1 * np.sign(call["g"]), atol=1e-5)  # the first step has length lr
     foreign = buffers()
-    kernels.adamw(Foreign(foreign["p"]), foreign["m"], foreign["v"], foreign["g"], lr=0.1, step=1, weight_decay=0.0)
+    kernels.adamw(ByDLPack(foreign["p"]), foreign["m"], foreign["v"], foreign["g"], lr=0.1, step=1, weight_decay=0.0)
     assert foreign["p"].tobytes() == call["p"].tobytes()
     both = [{**buffers(), "m": m} for m in (np.zeros((3, 4), F), None)]
     for given in both:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import assert_close, mmdit_config, normal, same_bits, seeded_weights, vae_config
+from support import ByArray, ByDLPack, assert_close, mmdit_config, normal, same_bits, seeded_weights, vae_config
 
 import ladd
 from ladd import losses
@@ -30,33 +30,17 @@ HEADS = seeded(ladd.Discriminator(ladd.DiscriminatorConfig(feature_dim=16, taps=
 VAE = seeded(ladd.AutoencoderKL({**vae_config(), "scaling_factor": 0.5, "shift_factor": 0.25}))
 
 
-class Lazy:
-    """An array of another library: nothing but __array__."""
-
-    def __init__(self, array: Array) -> None:
-        self.array = array
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return self.array.astype(dtype) if dtype else self.array
-
-
-class ByDLPack:
-    """An array of another library: nothing but DLPack."""
-
-    def __init__(self, array: Array) -> None:
-        self.array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self.array.__dlpack_device__()
-
-
 def test_whatever_holds_numbers_is_taken() -> None:
     reference = MODEL(LATENTS, np.float32([0.5, 0.5]), CONTEXT, POOLED)
     wide = np.repeat(LATENTS, 2, axis=3)
-    for latents in (ByDLPack(LATENTS), Lazy(LATENTS), LATENTS.astype(np.float64), wide[..., ::2], LATENTS.tolist(), np.asfortranarray(LATENTS)):
+    for latents in (
+        ByDLPack(LATENTS),
+        ByArray(LATENTS),
+        LATENTS.astype(np.float64),
+        wide[..., ::2],
+        LATENTS.tolist(),
+        np.asfortranarray(LATENTS),
+    ):
         assert same_bits(MODEL(latents, 0.5, CONTEXT, POOLED), reference)
     whole = np.round(LATENTS * 4)
     assert same_bits(MODEL(whole.astype(np.int16), 0.5, CONTEXT, POOLED), MODEL(whole, 0.5, CONTEXT, POOLED))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import same_bits, seeded_weights
+from support import ByArray, same_bits, seeded_weights
 
 import ladd
 from ladd.cli import main
@@ -35,16 +35,6 @@ checkpoint_every = 2
 """
 
 
-class Tensor:
-    """An array of another library."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return self.array
-
-
 def smooth(seed: int) -> Any:
     """Latents [5,4,16,16] whose neighbours are alike, as those of pictures are."""
     steps = np.random.default_rng(seed).standard_normal((5, 4, 16, 16))
@@ -64,7 +54,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for i in range(3):
         context, pooled = rng.standard_normal((5, 7, 12)), rng.standard_normal((5, 10)).astype(np.float16)
-        writer.write({"latents": Tensor(smooth(i)), "context": Tensor(context), "pooled": pooled})
+        writer.write({"latents": ByArray(smooth(i)), "context": ByArray(context), "pooled": pooled})
     (root / "ladd.toml").write_text(CONFIG.format(teacher=root / "sd", latents=root / "latents"))
     return root
 
