@@ -1,6 +1,8 @@
 """PyTorch's side, as its practised users write it: diffusers' SD3Transformer2DModel on scaled_dot_product_attention, the same
 heads as ladd's, fused AdamW, inference_mode for passes without gradients, one teacher pass over real and fake together, frozen
-models without gradients. In bfloat16 what is frozen or only sampled has weights in bfloat16; what is trained runs under autocast.
+models without gradients. In bfloat16 what is frozen or only sampled has weights in bfloat16; what is trained runs under autocast,
+and eager training takes attention's faster kernel. Heads see channels_last images, for tokens lie so. diffusers' fuse_qkv_projections is
+not used: it leaves out the norms of q and k, so that another network is computed.
 torch.compile sees whole graphs of fixed shapes: what it cannot compile is an error and never run eagerly, and weights that do not
 change are packed once (freezing). The discriminator's and the student's update are apart and share no pass, as in every public
 trainer; sharing_step is what a user gains who writes them as ladd does.
@@ -20,8 +22,10 @@ from diffusers.models.embeddings import Timesteps
 from sizes import VAE, Size
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 
+Call = Callable[[], Any]
 # A wrong guess of a changing shape costs a slower, general kernel: each of the few shapes here gets its own.
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": False}
 
@@ -39,6 +43,28 @@ def forget_compilations() -> None:
 
 def tensors(inputs: dict[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in inputs.items()}
+
+
+def fastest(ways: dict[str, Call]) -> tuple[Call, str]:
+    """The way of doing one thing that is the fastest here, and its name."""
+    took = {}
+    for name, way in ways.items():
+        way()
+        start = time.perf_counter()
+        way()
+        took[name] = time.perf_counter() - start
+    best = min(took, key=lambda name: took[name])
+    return ways[best], best
+
+
+def with_fastest_attention(call: Call) -> tuple[Call, str]:
+    """Its own choice on a CPU, flash, is slower than plain products (math) backward in bfloat16 where sequences are short."""
+
+    def math() -> object:
+        with sdpa_kernel(SDPBackend.MATH):
+            return call()
+
+    return fastest({"flash": call, "math": math})
 
 
 def transformer(size: Size, state: dict[str, np.ndarray]) -> SD3Transformer2DModel:
@@ -59,27 +85,21 @@ def autoencoder(state: dict[str, np.ndarray]) -> AutoencoderKL:
     return model.eval().requires_grad_(False)
 
 
-def decoder(state: dict[str, np.ndarray], latents: np.ndarray) -> tuple[Callable[[], Tensor], str]:
-    """A decode, and the memory layout that it runs in: the faster one here of NCHW and channels_last."""
-    layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    took: dict[str, float] = {}
-    calls: dict[str, Callable[[], Tensor]] = {}
-    for name, layout in layouts.items():
+def decoder(state: dict[str, np.ndarray], latents: np.ndarray) -> tuple[Call, str]:
+    """A decode, and the memory layout that it runs in: the faster one here."""
+
+    def in_layout(layout: torch.memory_format) -> Call:
         vae = autoencoder(state).to(memory_format=layout)  # type: ignore[call-overload]
         given = torch.from_numpy(latents).to(memory_format=layout)
 
-        def call(vae: AutoencoderKL = vae, given: Tensor = given) -> Tensor:
+        def call() -> Tensor:
             with torch.inference_mode():
                 out: Tensor = vae.decode(given, return_dict=False)[0]
                 return out
 
-        calls[name] = call
-        call()
-        start = time.perf_counter()
-        call()
-        took[name] = time.perf_counter() - start
-    best = min(took, key=lambda name: took[name])
-    return calls[best], best
+        return call
+
+    return fastest({"contiguous": in_layout(torch.contiguous_format), "channels_last": in_layout(torch.channels_last)})
 
 
 def features(model: SD3Transformer2DModel, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> list[Tensor]:
@@ -250,16 +270,31 @@ def forward_backward(model: SD3Transformer2DModel, inputs: dict[str, Tensor], *,
     return call
 
 
-def attention(streams: list[tuple[np.ndarray, ...]], bf16: bool) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
-    """forward, backward of scaled_dot_product_attention over both streams, already joined (joining is not counted)."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    q, k, v = (torch.from_numpy(np.concatenate(parts, axis=1)).to(dtype).transpose(1, 2) for parts in zip(*streams))
+def attention(streams: list[tuple[np.ndarray, ...]], bf16: bool) -> Call:
+    """scaled_dot_product_attention over both streams, already joined (joining is not counted)."""
+    q, k, v = joined(streams, bf16)
 
-    def run_forward() -> Tensor:
+    def call() -> Tensor:
         with torch.inference_mode():
             return functional.scaled_dot_product_attention(q, k, v)
 
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = functional.scaled_dot_product_attention(*leaves)
-    cotangent = torch.ones_like(out)
-    return run_forward, lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+    return call
+
+
+def attention_backward(streams: list[tuple[np.ndarray, ...]], bf16: bool) -> tuple[Call, str]:
+    """Its backward alone, and the kernel that is the faster here."""
+
+    def by(backend: SDPBackend) -> Call:
+        leaves = [x.requires_grad_() for x in joined(streams, bf16)]
+        with sdpa_kernel(backend):
+            out = functional.scaled_dot_product_attention(*leaves)
+        cotangent = torch.ones_like(out)
+        return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+
+    return fastest({"flash": by(SDPBackend.FLASH_ATTENTION), "math": by(SDPBackend.MATH)})
+
+
+def joined(streams: list[tuple[np.ndarray, ...]], bf16: bool) -> list[Tensor]:
+    """q, k, v [B,heads,n,64], as views of [B,n,heads,64]."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return [torch.from_numpy(np.concatenate(parts, axis=1)).to(dtype).transpose(1, 2) for parts in zip(*streams)]

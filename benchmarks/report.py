@@ -79,14 +79,14 @@ def markdown(results: Result) -> str:
     rows = joined(results["rows"])
     about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in results.items() if k not in ("rows", "growth"))
     out = [f"{about}.\n"]
-    compared = {n: r for n, r in rows.items() if "ratio" in r and not n.startswith("growth/")}
-    models = {n: r for n, r in compared.items() if not n.startswith("attention")}
+    compared = {n: r for n, r in rows.items() if "ratio" in r}
+    models = {n: r for n, r in compared.items() if not n.startswith(("attention", "growth/"))}
     head = ["row", "ladd", "eager", "ratio", "target"]
     if models:
         out += [table([*head, "compile", "ratio", "target"], [comparison(n, r, RIVALS) for n, r in models.items()]), ""]
-    kernels = {n: r for n, r in compared.items() if n.startswith("attention")}
-    if kernels:
-        out += [table(head, [comparison(n, r, RIVALS[:1]) for n, r in kernels.items()]), ""]
+    for kind in ("attention", "growth/"):
+        if chosen := {n: r for n, r in compared.items() if n.startswith(kind)}:
+            out += [table(head, [comparison(n, r, RIVALS[:1]) for n, r in chosen.items()]), ""]
     figures = {n: r for n, r in rows.items() if "value" in r}
     if figures:
         cells = [
@@ -110,21 +110,27 @@ def plot(results: Result, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure_, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, along in zip(axes, ("image tokens", "depth"), strict=True):
+    figure_, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    fixed = {"image tokens": "depth 2", "depth": "256 image tokens"}
+    for axis, along in zip(axes, fixed, strict=True):
         for what, style in (("step", "-o"), ("forward", "--s")):
             wanted = {"along": along, "what": what}
             rows = [r for r in results["rows"].values() if "growth" in r and wanted.items() <= r["growth"].items()]
             points = {r["growth"]["x"]: r["seconds"] for r in rows}
-            for side, name, colour in (("ladd", "ladd", "tab:blue"), ("eager", "PyTorch", "tab:orange")):
-                label = f"{name}, {'LADD step' if what == 'step' else 'one sampling step'}"
-                xs = sorted(points)
+            xs = sorted(points)
+            for side, name, colour in (("eager", "PyTorch", "tab:orange"), ("ladd", "ladd", "tab:blue")):
+                label = f"{'LADD step' if what == 'step' else 'one sampling step'}, {name}"
                 axis.loglog(xs, [points[x][side]["median"] for x in xs], style, color=colour, label=label)
-        axis.set_xlabel(along)
-        axis.set_ylabel("seconds")
-        axis.grid(True, which="both", alpha=0.3)
+        axis.set_title(f"{fixed[along]}, width 384, 77 text tokens, batch 1", fontsize=10)
+        axis.set_xlabel({"depth": "depth (transformer blocks)"}.get(along, along))
+        axis.set_xticks(xs, map(str, xs))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: measure.si(y)))
+        axis.tick_params(labelleft=True)
+        axis.grid(True, alpha=0.3)
+    axes[0].set_ylabel("time, float32")
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure_.savefig(path, dpi=110)

@@ -2,9 +2,10 @@
 
     python benchmarks/vs_pytorch.py                        # every row
     python benchmarks/vs_pytorch.py 'demo/step/*'          # rows by name
-    python benchmarks/vs_pytorch.py --list                 # their names; torch.compile has rows of its own, at the end
+    python benchmarks/vs_pytorch.py --list                 # their names in the order they run in, and about how long each takes
     python benchmarks/vs_pytorch.py --resume               # what out/vs_pytorch.json does not hold yet
     python benchmarks/vs_pytorch.py --report               # Markdown tables and the plot from out/vs_pytorch.json, nothing is measured
+    python benchmarks/vs_pytorch.py --quick '*/compile'    # compiles beforehand: what torch.compile made stays in out/torchinductor
 
 A row is size/what/dtype. All sides of a row run in one process with the same number of threads, are warmed up and then take turns; the
 ratio is the rival's median time over ladd's. "step" is one LADD update of the discriminator and one of the student: ladd shares forward
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import kernels
 import measure
 import numpy as np
 import ours
@@ -40,6 +42,9 @@ from ladd import _core
 
 Calls = dict[str, Callable[[], object]]
 DTYPES = ("float32", "bfloat16")
+# For the plan of a run. On the two cores of docs/performance.md a turn of both sides takes the time of its operations at RATE a second;
+# BUILDING is the seconds before the first turn, COMPILING the same where torch.compile finds what it made before.
+RATE, BUILDING, COMPILING = 1e11, 4.0, 60.0
 # Ratios that ladd is to reach.
 TARGETS = {
     "step": {"float32": {"eager": 1.8, "compile": 1.6}, "bfloat16": {"eager": 2.0, "compile": 1.8}},
@@ -55,9 +60,14 @@ class Comparison:
     """build makes one call a side, and notes on them; they then take turns for `share` of the time of a row."""
 
     build: Callable[[], tuple[Calls, dict[str, str]]]
+    once: float  # seconds that one turn of all sides takes, roughly
     target: dict[str, float] = field(default_factory=dict)
     share: float = 1.0
     growth: dict[str, Any] | None = None
+
+    def planned(self, seconds: float) -> float:
+        building = COMPILING if "compile" in self.target else BUILDING
+        return building + 2 * self.once + max(self.share * seconds, 3 * self.once)
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,23 @@ class Figure:
     bound: str  # "at most", "at least"
     target: float
     unit: str
+    before: float  # seconds that it takes whatever --seconds says, roughly
+
+    def planned(self, seconds: float) -> float:
+        return self.before + seconds
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def trained(call: Callable[[], object], rival: str, dtype: str) -> tuple[Callable[[], object], dict[str, str]]:
+    """The rival's call and notes on it. In bfloat16 its default attention can be the slower one; in float32 it was not where tried."""
+    import peer
+
+    if rival == "compile" or dtype == "float32":
+        return call, {}
+    call, kernel = peer.with_fastest_attention(call)
+    return call, {rival: f"{kernel} was the faster attention"}
 
 
 def step_row(size: Size, dtype: str, rival: str = "eager", sharing: bool = False) -> tuple[Calls, dict[str, str]]:
@@ -81,9 +105,9 @@ def step_row(size: Size, dtype: str, rival: str = "eager", sharing: bool = False
     other = peer.Trainer(size, trainer.teacher.state_dict(), compiled=rival == "compile", bf16=dtype == "bfloat16")
     parameters = sum(p.numel() for p in other.heads.parameters())
     assert parameters == trainer.discriminator.num_parameters, "the heads of both sides must be the same"
-    update = other.sharing_step if sharing else other.step
-    calls[rival] = functools.partial(update, theirs["latents"], theirs["context"], theirs["pooled"])
-    return calls, {}
+    update = functools.partial(other.sharing_step if sharing else other.step, theirs["latents"], theirs["context"], theirs["pooled"])
+    calls[rival], notes = trained(update, rival, dtype)
+    return calls, notes
 
 
 def pass_row(size: Size, what: str, dtype: str, rival: str = "eager") -> tuple[Calls, dict[str, str]]:
@@ -93,8 +117,12 @@ def pass_row(size: Size, what: str, dtype: str, rival: str = "eager") -> tuple[C
     theirs, model = peer.tensors(inputs), ours.model(size, dtype)
     calls: Calls = {"ladd": (lambda: model(*inputs.values())) if what == "forward" else ours.forward_backward(model, inputs)}
     make: Any = peer.forward if what == "forward" else peer.forward_backward
-    calls[rival] = make(peer.transformer(size, model.state_dict()), theirs, compiled=rival == "compile", bf16=bf16)
-    if what == "forward" and rival == "eager":
+    call = make(peer.transformer(size, model.state_dict()), theirs, compiled=rival == "compile", bf16=bf16)
+    if what != "forward":
+        calls[rival], notes = trained(call, rival, dtype)
+        return calls, notes
+    calls[rival] = call
+    if rival == "eager":
         mine, his = model(*inputs.values()), calls[rival]()
         worst = np.abs(mine - his.float().numpy()).max() / np.abs(mine).max()  # type: ignore[attr-defined]
         assert worst < (5e-2 if bf16 else 1e-4), f"both sides must compute the same, they differ by {worst:.1e}"
@@ -107,10 +135,12 @@ def attention_row(shape: tuple[int, int, int, int], what: str, dtype: str) -> tu
     streams = attention_inputs(*shape)
     outs, lse = _core.attention_forward(streams, None, dtype)
     douts = [np.ones_like(o) for o in outs]
-    forward, backward = peer.attention(streams, dtype == "bfloat16")
+    bf16 = dtype == "bfloat16"
     if what == "forward":
-        return {"ladd": lambda: _core.attention_forward(streams, None, dtype), "eager": forward}, {}
-    return {"ladd": lambda: _core.attention_backward(douts, streams, outs, lse, None, dtype), "eager": backward}, {}
+        return {"ladd": lambda: _core.attention_forward(streams, None, dtype), "eager": peer.attention(streams, bf16)}, {}
+    rival, kernel = peer.attention_backward(streams, bf16)
+    calls: Calls = {"ladd": lambda: _core.attention_backward(douts, streams, outs, lse, None, dtype), "eager": rival}
+    return calls, {"eager": f"{kernel} was the faster kernel"}
 
 
 def decode_row() -> tuple[Calls, dict[str, str]]:
@@ -123,49 +153,59 @@ def decode_row() -> tuple[Calls, dict[str, str]]:
 
 
 def all_rows(options: argparse.Namespace) -> dict[str, Comparison | Figure]:
-    rows: dict[str, Comparison | Figure] = {}
+    """In the order they run in, which is that of their weight: a run that is cut short has the rows that say most."""
+    eager: dict[str, Comparison | Figure] = {}
     compiled: dict[str, Comparison | Figure] = {}
 
-    def both(name: str, build: Callable[..., tuple[Calls, dict[str, str]]], target: dict[str, float]) -> None:
-        rows[name] = Comparison(build, {"eager": target["eager"]})
+    def both(name: str, build: Callable[..., tuple[Calls, dict[str, str]]], once: float, target: dict[str, float]) -> None:
+        eager[name] = Comparison(build, once, {"eager": target["eager"]})
         if "compile" in target:
-            compiled[f"{name}/compile"] = Comparison(functools.partial(build, rival="compile"), {"compile": target["compile"]})
+            compiled[f"{name}/compile"] = Comparison(functools.partial(build, rival="compile"), once, {"compile": target["compile"]})
 
     for name, size in SIZES.items():
+        seconds = {what: operations / RATE for what, operations in kernels.operations(size).items()}
         for dtype in DTYPES:
-            both(f"{name}/step/{dtype}", functools.partial(step_row, size, dtype), TARGETS["wide step" if name == "SD3" else "step"][dtype])
-        for dtype in DTYPES if name != "SD3" else ():
-            rows[f"{name}/step-rival-shares-passes/{dtype}"] = Comparison(functools.partial(step_row, size, dtype, sharing=True))
+            target = TARGETS["wide step" if name == "SD3" else "step"][dtype]
+            both(f"{name}/step/{dtype}", functools.partial(step_row, size, dtype), seconds["step"], target)
         for what in ("forward", "forward+backward"):
             for dtype in DTYPES:
-                both(f"{name}/{what}/{dtype}", functools.partial(pass_row, size, what, dtype), TARGETS["pass"][dtype])
+                both(f"{name}/{what}/{dtype}", functools.partial(pass_row, size, what, dtype), seconds[what], TARGETS["pass"][dtype])
+        for dtype in DTYPES if name != "SD3" else ():
+            build = functools.partial(step_row, size, dtype, sharing=True)
+            eager[f"{name}/step-rival-shares-passes/{dtype}"] = Comparison(build, seconds["step"])
     for shape in ATTENTION:
+        once = 4 * shape[0] * (shape[1] + shape[2]) ** 2 * 64 * shape[3] / RATE
         for what in ("forward", "backward"):
             for dtype in DTYPES:
                 row = "attention-{}x({}+{})x{}".format(*shape[:3], 64 * shape[3])
                 build = functools.partial(attention_row, shape, what, dtype)
-                rows[f"{row}/{what}/{dtype}"] = Comparison(build, TARGETS["attention"][dtype], share=0.25)
-    rows["VAE-64x64-to-512x512/decode/float32"] = Comparison(decode_row, TARGETS["decode"]["float32"])
+                eager[f"{row}/{what}/{dtype}"] = Comparison(build, 2 * once, TARGETS["attention"][dtype], share=0.25)
+    eager["VAE-64x64-to-512x512/decode/float32"] = Comparison(decode_row, 17.0, TARGETS["decode"]["float32"])
+
+    bounds: dict[str, Comparison | Figure] = {}
     if options.threads > 1:
-        rows["demo/second-thread"] = Figure(figures.second_thread, "at least", 1.85, "x")
-        rows["demo/busy-core"] = Figure(figures.busy_core, "at most", 2.2, "x")
+        bounds["demo/second-thread"] = Figure(figures.second_thread, "at least", 1.85, "x", 4.0)
+        bounds["demo/busy-core"] = Figure(figures.busy_core, "at most", 2.2, "x", 4.0)
     for name in ("S", "SD3"):
         for what in ("forward", "step"):
             share = functools.partial(lambda size, what, seconds, least: figures.share_of_rate(size, what, seconds), SIZES[name], what)
-            rows[f"{name}/share-of-product-rate/{what}"] = Figure(share, "at least", 0.85, "%")
-    rows["demo/memory"] = Figure(lambda seconds, least: figures.peak_memory(__file__, options.threads), "at most", 0.5, "of PyTorch's")
-    rows["one-picture"] = Figure(figures.one_picture, "at most", 0.015, "s")
-    rows["import"] = Figure(lambda seconds, least: figures.import_time(2 * least), "at most", 0.15, "s")
-    rows["wheel-without-model"] = Figure(lambda seconds, least: figures.wheel_size(), "at most", 15.0, "MB")
+            bounds[f"{name}/share-of-product-rate/{what}"] = Figure(share, "at least", 0.85, "%", 6.0)
+    memory = Figure(lambda seconds, least: figures.peak_memory(__file__, options.threads), "at most", 0.5, "of PyTorch's", 15.0)
+    bounds["demo/memory"] = memory
+    bounds["one-picture"] = Figure(figures.one_picture, "at most", 0.015, "s", 1.0)
+    bounds["import"] = Figure(lambda seconds, least: figures.import_time(2 * least), "at most", 0.15, "s", 1.0)
+    bounds["wheel-without-model"] = Figure(lambda seconds, least: figures.wheel_size(), "at most", 15.0, "MB", 30.0)
+
+    growth: dict[str, Comparison | Figure] = {}
     for along, values in (("image tokens", TOKENS), ("depth", DEPTHS)):
         for x in values:
+            size = growing(along, x)
             for what in ("step", "forward"):
-                size = growing(along, x)
-                step, other = functools.partial(step_row, size), functools.partial(pass_row, size, what)
-                build = functools.partial(step if what == "step" else other, "float32")
-                growth = {"along": along, "x": x, "what": what}
-                rows[f"growth/{along.replace(' ', '-')}-{x}/{what}"] = Comparison(build, share=0.25, growth=growth)
-    return rows if options.no_compile else {**rows, **compiled}
+                build = functools.partial(step_row, size, "float32") if what == "step" else functools.partial(pass_row, size, what, "float32")
+                once = kernels.operations(size)[what] / RATE
+                at = {"along": along, "x": x, "what": what}
+                growth[f"growth/{along.replace(' ', '-')}-{x}/{what}"] = Comparison(build, once, share=0.25, growth=at)
+    return {**eager, **bounds, **({} if options.no_compile else compiled), **growth}
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
@@ -297,13 +337,16 @@ def main() -> int:
     if not rows:
         parser.error(f"no row is called {' or '.join(options.rows)}; --list prints the names")
     if options.list:
-        print(*rows, sep="\n")
+        for name, row in rows.items():
+            print(f"{row.planned(options.seconds):4.0f} s  {name}")
+        print(plan(rows, options))
         return 0
     if options.report:
         results = json.loads(options.json.read_text())
     else:
         results = begin(options)
-        print(", ".join(f"{k} {v}" for k, v in results.items() if k != "rows"), flush=True)
+        print(", ".join(f"{k} {v}" for k, v in results.items() if k != "rows"))
+        print(plan({name: row for name, row in rows.items() if name not in results["rows"]}, options), flush=True)
         run(rows, results, options)
     print("\n" + report.markdown(results))
     if all(name in results["rows"] for name in all_rows(options) if name.startswith("growth/")):
@@ -311,8 +354,14 @@ def main() -> int:
     return 0
 
 
+def plan(rows: dict[str, Comparison | Figure], options: argparse.Namespace) -> str:
+    minutes = sum(row.planned(options.seconds) for row in rows.values()) / 60
+    return f"{len(rows)} rows, about {minutes:.0f} minutes on two quiet cores"
+
+
 def begin(options: argparse.Namespace) -> report.Result:
     """Sets both sides up. -> what describes the run, and the rows that an earlier one measured when it is resumed."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(options.json.parent.absolute() / "torchinductor"))
     import torch
 
     measure.keep_freed_memory()
