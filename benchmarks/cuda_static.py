@@ -7,7 +7,7 @@ accesses are 128 bits wide and the matrix instructions are there; the bytes it m
     python benchmarks/cuda_static.py --floors                   # floors by function: needs no tools
 
 Needs cuobjdump and nvdisasm in PATH (CUDA toolkit, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Exit status 1 if a kernel
-spills or has a local array, with its name.
+spills or has a local array, with its name, or if the extension needs a library of NVIDIA's to be loaded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cuda_work import Work, works
 
@@ -161,9 +162,21 @@ def print_kernels(paths: list[str], only_main: bool, arch: str | None) -> int:
             f"| `{words[k.name]}` | {k.arch} | {k.threads or '-'} | {k.registers} | {k.stack} | {spills} | {k.shared} "
             f"| {100 * k.occupancy:.0f} % | {wide} | {narrow} | {count(k, r'(HMMA|HGMMA|WGMMA)') or ''} |{work_cells(serves(words[k.name]))}"
         )
+    archs = sorted({kernel.arch for kernel in found})
+    print(f"\n{len(found)} kernels for {', '.join(archs)}, {len(bad)} of them with spills, local arrays or a stack")
     for line in bad:
         print(line, file=sys.stderr)
     return 1 if bad else 0
+
+
+def print_needs(path: str) -> int:
+    """What the loader must find for a shared library: nothing of NVIDIA's, since those are opened at first use."""
+    names = re.findall(r"\(NEEDED\).*\[(.+)\]", tool("readelf", "-d", path))
+    print(f"\n{path} ({Path(path).stat().st_size / 1e6:.1f} MB) needs {', '.join(names)}")
+    wrong = [name for name in names if re.match(r"lib(cu|nv|nccl)", name)]
+    if wrong:
+        print(f"{path} must load without {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def print_floors() -> None:
@@ -184,6 +197,7 @@ def main() -> int:
     if not given.files and not given.floors:
         parser.error("a file with kernels, or --floors, expected")
     status = print_kernels(given.files, given.main, given.arch) if given.files else 0
+    status |= max((print_needs(path) for path in given.files if path.endswith(".so")), default=0)
     if given.floors:
         print_floors()
     return status

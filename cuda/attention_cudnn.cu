@@ -52,7 +52,10 @@ void *frontend_symbol(void *handle, const char *name) {
 #define CUDNN_FRONTEND_SKIP_JSON_LIB
 #define dlopen frontend_open
 #define dlsym frontend_symbol
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function" /* its headers define static functions */
 #include <cudnn_frontend.h>
+#pragma GCC diagnostic pop
 #undef dlopen
 #undef dlsym
 

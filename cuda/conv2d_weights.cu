@@ -180,12 +180,12 @@ __global__ void __launch_bounds__(LADD_BLOCK) conv_weights_unfold_kernel(float *
     dw[((int64_t)c_out * Cin + c_in) * 9 + k] += sum;
 }
 
-/* sums[b * slices + slice][m] = sum of a slice of channel m of sample b; V elements an access. */
+/* sums[b * slices + slice][m] = sum of a slice of channel m of sample b; V elements an access. A block a sum, m fastest. */
 template <typename T, int V>
 __global__ void __launch_bounds__(LADD_BLOCK) conv_bias_kernel(float *sums, const T *dy, int M, int64_t area, int slices) {
     __shared__ float shared[LADD_WARP];
-    const int m = blockIdx.x, slice = blockIdx.y, b = blockIdx.z;
-    const T *row = dy + ((int64_t)b * M + m) * area;
+    const int m = (int)(blockIdx.x % M), slice = (int)(blockIdx.x / M % slices);
+    const T *row = dy + ((int64_t)(blockIdx.x / M / slices) * M + m) * area;
     float sum[1] = {0.0f};
     for (int64_t i = conv_cut(area / V, slices, slice) + threadIdx.x; i < conv_cut(area / V, slices, slice + 1); i += LADD_BLOCK) {
         float v[V];
@@ -194,18 +194,19 @@ __global__ void __launch_bounds__(LADD_BLOCK) conv_bias_kernel(float *sums, cons
         for (int j = 0; j < V; j++) sum[0] += v[j];
     }
     ladd_block_sum(sum, shared);
-    if (threadIdx.x == 0) sums[((int64_t)b * slices + slice) * M + m] = sum[0];
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum[0];
 }
 
 template <typename T>
 static ladd_status conv_bias(const ladd_context *ctx, float *dbias, const T *dy, int B, int M, int64_t area) {
     const int slices = (int)ladd_ceil_div(area, 1 << 14);
+    const int64_t blocks = (int64_t)B * slices * M;
     void *scratch;
-    if (B > 65535 || slices > 65535)
-        return ladd_fail(LADD_ERR_VALUE, "convolution: at most 65535 samples and slices of an image expected, got %d and %d", B, slices);
-    LADD_TRY(ladd_cuda_scratch(ctx, &scratch, CONV_PARTS_SLOT, (size_t)B * slices * M * sizeof(float)));
+    if (blocks > INT32_MAX)
+        return ladd_fail(LADD_ERR_VALUE, "convolution: at most %d slices of channels expected, got %lld", INT32_MAX, (long long)blocks);
+    LADD_TRY(ladd_cuda_scratch(ctx, &scratch, CONV_PARTS_SLOT, (size_t)blocks * sizeof(float)));
     float *sums = static_cast<float *>(scratch);
-    const dim3 grid((unsigned)M, (unsigned)slices, (unsigned)B);
+    const unsigned grid = (unsigned)blocks;
     if (area % LADD_VEC<T> == 0 && ladd_aligned16(dy))
         LADD_TRY(LADD_LAUNCH(ctx, (conv_bias_kernel<T, LADD_VEC<T>>), grid, LADD_BLOCK, 0, sums, dy, M, area, slices));
     else

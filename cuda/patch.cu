@@ -84,7 +84,9 @@ __global__ void __launch_bounds__(LADD_BLOCK) add_position_kernel(T *x, const T 
 
 template <typename T>
 static ladd_status add_position(LADD_CTX, T *x, const T *table, int B, int h, int w, int max, int D) {
-    const unsigned tokens = (unsigned)B * h * w;
+    const int64_t blocks = (int64_t)B * h * w;
+    if (blocks > INT32_MAX) return ladd_fail(LADD_ERR_VALUE, "position table: fewer than 2**31 tokens expected, got %lld", (long long)blocks);
+    const unsigned tokens = (unsigned)blocks;
     if (D % LADD_VEC<T> == 0 && ladd_aligned16(x, table))
         return LADD_LAUNCH(ctx, (add_position_kernel<LADD_VEC<T>, T>), tokens, LADD_BLOCK, 0, x, table, h, w, max, D);
     return LADD_LAUNCH(ctx, (add_position_kernel<1, T>), tokens, LADD_BLOCK, 0, x, table, h, w, max, D);
@@ -109,19 +111,24 @@ __device__ __forceinline__ void sine_cosine(double a, double *sine, double *cosi
 /* The rounding steps of csrc/cpu/patch.c, which say why: exponent in float, exp in double rounded to float, product in float, sine and cosine in
  * double. */
 template <typename T>
-__global__ void __launch_bounds__(LADD_BLOCK) timestep_features_kernel(T *f, const float *sigma, int dim) {
-    const int half = dim / 2, i = blockIdx.x * LADD_BLOCK + threadIdx.x, b = blockIdx.y;
-    if (i >= half) return;
+__global__ void __launch_bounds__(LADD_BLOCK) timestep_features_kernel(T *f, const float *sigma, int64_t n, int half) {
+    const int64_t at = (int64_t)blockIdx.x * LADD_BLOCK + threadIdx.x, b = at / half;
+    if (at >= n) return;
+    const int i = (int)(at % half);
     const float exponent = __fdiv_rn(__fmul_rn(-9.210340371976184f, (float)i), (float)half), frequency = (float)exp((double)exponent);
     const float a = __fmul_rn(__fmul_rn(sigma[b], 1000.0f), frequency);
     double sine, cosine;
     sine_cosine((double)a, &sine, &cosine);
-    f[(int64_t)b * dim + i] = ladd_from_float<T>((float)cosine);
-    f[(int64_t)b * dim + half + i] = ladd_from_float<T>((float)sine);
+    f += b * 2 * half + i;
+    f[0] = ladd_from_float<T>((float)cosine);
+    f[half] = ladd_from_float<T>((float)sine);
 }
 
 ladd_status LADD_CUDA(timestep_features)(LADD_CTX, ladd_act *f, const float *sigma, int B, int dim) {
     if (dim < 2 || dim % 2) return ladd_fail(LADD_ERR_VALUE, "an even number of timestep features expected, got %d", dim);
-    const dim3 grid((unsigned)ladd_ceil_div(dim / 2, LADD_BLOCK), (unsigned)B);
-    LADD_CUDA_DISPATCH(ctx, T, return LADD_LAUNCH(ctx, timestep_features_kernel<T>, grid, LADD_BLOCK, 0, (T *)f, sigma, dim));
+    const int64_t n = (int64_t)B * (dim / 2);
+    if (n <= 0) return LADD_OK;
+    LADD_CUDA_DISPATCH(
+        ctx, T,
+        return LADD_LAUNCH(ctx, timestep_features_kernel<T>, (unsigned)ladd_ceil_div(n, LADD_BLOCK), LADD_BLOCK, 0, (T *)f, sigma, n, dim / 2));
 }

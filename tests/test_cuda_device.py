@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -10,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cuda_core
 import cuda_device
+import cuda_emulator
 import numpy as np
 import pytest
 from cuda_device import needs_device, needs_emulator
@@ -432,6 +435,21 @@ def test_libraries_are_found_by_pathfinder(monkeypatch: pytest.MonkeyPatch) -> N
     found = type("Found", (), {"abs_path": "/somewhere/libcublasLt.so.13"})
     monkeypatch.setitem(sys.modules, "cuda.pathfinder", type("Module", (), {"load_nvidia_dynamic_lib": staticmethod(lambda name: found)}))  # type: ignore[misc]
     assert ladd.device.locate_library("cublasLt") == "/somewhere/libcublasLt.so.13"
+
+
+@needs_emulator
+@pytest.mark.parametrize(("number", "name", "soname"), [(0, "cublasLt", "libcublasLt.so.13"), (1, "cudnn", "libcudnn.so.9")])
+def test_a_missing_library_says_what_was_tried_and_what_helps(number: int, name: str, soname: str) -> None:
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(soname)
+        pytest.skip(f"{soname} is installed")
+    device, symbol = cuda_core.device(), cuda_emulator.library("kernels").ladd_cuda_symbol
+    symbol.restype = ctypes.c_void_p
+    assert symbol(number, b"anything") is None
+    assert device.message.startswith(
+        f"the library {name} expected: cuda-pathfinder found none in wheels, conda or the system; the loader knows "
+    )
+    assert soname in device.message and 'pip install "ladd[cuda]"' in device.message
 
 
 def test_without_the_extension() -> None:

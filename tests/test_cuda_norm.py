@@ -161,3 +161,9 @@ def test_sum_squares_shows_what_is_not_finite(bad: float) -> None:
     x = normal(12, 40_003)
     x[40_002] = bad
     assert not np.isfinite(Core(device()).sum_squares(x))
+
+
+def test_timestep_features_of_more_samples_than_a_grids_second_axis_takes() -> None:
+    """It ends at 65,535, and the emulator refuses a grid beyond as a device does."""
+    sigma = np.linspace(0, 1, 70_000).astype(np.float32)
+    assert np.abs(Core(device()).timestep_features(sigma, 6) - _core.timestep_features(sigma, 6)).max() <= 6e-8
