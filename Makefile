@@ -106,7 +106,7 @@ gpu:  ## on a machine with an NVIDIA GPU, in 8 minutes: build for it, test on it
 cuda: $(VENV)/build.done  ## compile cuda/ with nvcc and read registers, spills and instructions (no GPU needed)
 	$(PIP) install nvidia-cublas nvidia-cudnn-cu13 nvidia-cudnn-frontend nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	LADD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
-	PATH="$$(echo $(CURDIR)/$(VENV)/lib/python*/site-packages/nvidia/cu*/bin):$$PATH" $(BIN)/python benchmarks/cuda_static.py python/ladd/_cuda*.so
+	PATH="$$(echo $(CURDIR)/$(VENV)/lib/python*/site-packages/nvidia/cu*/bin):$$PATH" $(BIN)/python benchmarks/cuda_static.py --main python/ladd/_cuda*.so
 
 clean:  ## remove what was built, not the environments
 	rm -rf build dist out python/*.egg-info python/ladd/*.so
