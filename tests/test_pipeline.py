@@ -58,6 +58,7 @@ def test_batches_do_not_change_the_pictures(student: ladd.Pipeline) -> None:
     whole = student(prompts, num_images_per_prompt=2, seed=3, batch_size=16)
     parts = student(prompts, num_images_per_prompt=2, seed=3, batch_size=4)
     assert same_bits(parts.latents, whole.latents)
+    assert not same_bits(student("red apple", seed=3).latents, student("pizza", seed=3).latents)  # the prompt counts
     assert whole.prompts == ["red apple"] * 2 + ["cat face"] * 2 + ["pizza"] * 2 and whole.seeds == [3, 4, 5, 6, 7, 8]
     alone = student("cat face", seed=6)
     assert same_bits(alone.latents[0], whole.latents[3])

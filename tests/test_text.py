@@ -22,6 +22,7 @@ def encoder(pooled_dim: int = 6, **options: Any) -> WordEncoder:
 def test_words() -> None:
     assert text.words("Woman Surfing: medium-dark skin_tone!") == ["woman", "surfing", "medium-dark", "skin", "tone"]
     assert text.words("keycap: # 10 * \u00c9 \ufb01n") == ["keycap", "#", "10", "*", "é", "fin"]
+    assert text.words("cafe\u0301 \uff43at") == ["caf\u00e9", "cat"]  # one spelling for what looks alike
     assert text.words(" ... ") == []
     assert text.build_vocabulary(["red apple", "Apple", "a cat"], min_count=2) == ["apple"]
     with pytest.raises(TypeError, match="a prompt must be a string, got int"):
@@ -48,9 +49,9 @@ def test_context_and_pooled(pooled_dim: int) -> None:
     assert ("pooled_embedding.weight" in state) == (pooled_dim != 6)
     words, places = state["word_embedding.weight"], state["position_embedding.weight"]
     table = state.get("pooled_embedding.weight", words)
-    context, pooled = e.encode(["red apple", ""])
+    context, pooled = e.encode_ids(e.ids(["red apple", "", "red zebra"]))
     np.testing.assert_allclose(context[0], words[[8, 3, 0, 0]] + places, rtol=1e-6)
-    np.testing.assert_allclose(pooled, [table[[8, 3]].mean(0), table[2]], rtol=1e-6)
+    np.testing.assert_allclose(pooled, [table[[8, 3]].mean(0), table[2], table[[8, 1]].mean(0)], rtol=1e-6)
     assert context.dtype == pooled.dtype == np.float32
 
 
