@@ -220,3 +220,6 @@ def test_shards_of_encoded_text_need_no_encoder(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             writer.write(arrays, prompts)
     assert shards.ShardWriter(tmp_path, {"teacher": "x"}).count == 5
+    for origin in ({}, {"teacher": "x", "steps": 4}):  # what only one side says is another origin too
+        with pytest.raises(ValueError, match="of another origin"):
+            shards.ShardWriter(tmp_path, origin)
