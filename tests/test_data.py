@@ -146,6 +146,8 @@ def test_a_broken_cache_is_rendered_anew(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(openmoji, "records", lambda: few)
     rendered = openmoji._atlas.__wrapped__(tmp_path)
     assert rendered.shape == (3, 96, 96, 4) and rendered.any()
+    colour, alpha = rendered[..., :3], rendered[..., 3:]
+    assert (colour <= alpha).all() and ((0 < alpha) & (alpha < 255)).any()  # multiplied by it: resizing does not bleed
     (file,) = tmp_path.iterdir()
     assert np.array_equal(openmoji._atlas.__wrapped__(tmp_path), rendered)
     file.write_bytes(file.read_bytes()[:1000])

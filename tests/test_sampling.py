@@ -307,6 +307,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "pooled of another batch": ({"pooled": POOLED[:2]}, ValueError, r"pooled must have shape \[3, P\], got \[2, 10\]"),
     "too few seeds": ({"seeds": [1, 2]}, ValueError, "expected 3, got 2"),
     "negative seed": ({"seeds": [1, 2, -3]}, ValueError, "got -3"),
+    "seed too large": ({"seeds": [1, 2, 1 << 63]}, ValueError, r"seeds must be in \[0, 2\*\*63\), got 9223372036854775808"),
     "seed is a fraction": ({"seeds": [1, 2, 3.5]}, TypeError, "got 3.5"),
     "seed is a word": ({"seeds": "123"}, TypeError, "seeds must be"),
     "NaN latents": ({"latents": NAN}, ValueError, "latents must be finite, got 1 NaN or infinite of 192 values"),

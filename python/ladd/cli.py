@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# command -> stages of a configuration that it runs, each a module of ladd.training with run(config, *, out, resume, dry_run)
+# command -> stages of a configuration that it runs, each a module of ladd.training with run(config, *, out, resume, dry_run, device, dtype)
 _TRAINED_BY = {"train": ("autoencoder", "teacher"), "generate": ("generate",), "distill": ("distill",)}
 _ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError, ArithmeticError, ImportError)
 
@@ -111,7 +111,7 @@ def _add_sample(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, help="default: the model's own (at least 4 with --image)")
     sub.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's own; 1 is off")
     sub.add_argument("--negative-prompt", default="", metavar="TEXT")
-    sub.add_argument("--method", choices=("euler", "renoise"), help="default: the model's own")
+    sub.add_argument("--method", metavar="NAME", help="euler or renoise (default: the model's own)")
     sub.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up (default: 0)")
     sub.add_argument("--num", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
     _add_device(sub)
