@@ -42,6 +42,12 @@ static struct {
 } kept[KEPT];
 static size_t bytes_in_use;
 
+/* A child of a fork finds the lock free, whatever the parent's other threads were doing. */
+static pthread_once_t arena_once = PTHREAD_ONCE_INIT;
+static void lock_arenas(void) { pthread_mutex_lock(&arena_lock); }
+static void unlock_arenas(void) { pthread_mutex_unlock(&arena_lock); }
+static void arena_setup(void) { pthread_atfork(lock_arenas, unlock_arenas, unlock_arenas); }
+
 void *ladd_arena_take(ladd_arena *arena, size_t bytes) {
     size_t at = arena->used;
     arena->used += (bytes + 63) & ~(size_t)63;
@@ -52,6 +58,7 @@ ladd_status ladd_arena_reserve(const ladd_context *ctx, ladd_arena *arena) {
     size_t need = arena->used ? arena->used : 64;
     void *block = NULL;
     size_t capacity = need;
+    pthread_once(&arena_once, arena_setup);
     pthread_mutex_lock(&arena_lock);
     int best = -1;
     for (int i = 0; i < KEPT && !ctx->state; i++)

@@ -148,3 +148,66 @@ def test_a_signal_handler_that_raises_is_what_is_raised() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_handler_cannot_use_the_model_that_it_interrupts() -> None:
+    """It would wait for its own thread for ever. Another model is free, and what was interrupted goes on as if nothing had been."""
+    model, arguments = large()
+    wanted, other = model.forward(**arguments)[0], make("MMDiT")
+    refused: list[str] = []
+
+    def ring(*_: Any) -> None:
+        forward(other, "MMDiT")
+        for call in (lambda: model.forward(**arguments), model.gradients, lambda: model.flat_grad):
+            with pytest.raises(RuntimeError) as error:
+                call()
+            refused.append(str(error.value))
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for delay in (0.1, 0.01, 0.003, 0.001):  # until one comes in the middle of a call
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            try:
+                assert model.forward(**arguments)[0].tobytes() == wanted.tobytes()
+            except BaseException as error:  # the handler ran between two calls, where nothing is to be refused
+                assert "DID NOT RAISE" in str(error)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if refused:
+                break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(refused) == 3 and all("signal handler" in text for text in refused)
+
+
+FORK = """
+    import os, signal, sys, threading
+    sys.path.insert(0, {tests!r})
+    import test_binding as t
+
+    busy, own = t.make("MMDiT"), t.make("MMDiT")
+    wanted = t.forward(own, "MMDiT")[0].tobytes()
+    going = True
+
+    def work():
+        while going:
+            output, saved = t.forward(busy, "MMDiT", keep=True)
+            saved.backward(output)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    results = []
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # ends a child that waits for a lock of a thread that it does not have
+            os._exit(0 if t.forward(own, "MMDiT")[0].tobytes() == wanted else 1)
+        results.append(os.waitpid(child, 0)[1])
+    going = False
+    assert not any(results), results
+"""
+
+
+def test_children_of_a_fork_compute_while_threads_of_their_parent_did() -> None:
+    run_script(FORK.format(tests=os.path.dirname(__file__)))

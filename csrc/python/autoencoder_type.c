@@ -114,7 +114,7 @@ static PyObject *run(core_model *self, PyObject *input, PyObject *keep_flag, int
     DIM(&dims, 'X') = encode ? DIM(&dims, 'W') / f : DIM(&dims, 'W') * f;
     if (!(output = core_new("BKYX", &dims, 0))) goto done;
     if (keep && !(saved = core_saved_new(self, &dims, 0))) goto done;
-    if (core_begin(&call, self->lock, self->device, self->compute) < 0) goto done;
+    if (core_begin(&call, &self->lock, self->device, self->compute) < 0) goto done;
     ladd_status (*direction)(const ladd_context *, ladd_act *, ladd_vae_saved **, ladd_vae *, const ladd_act *, int, int, int) =
         encode ? ladd_vae_encode : ladd_vae_decode;
     ladd_status status = direction(&call.ctx, core_data(output), keep ? &kept : NULL, self->model, core_data(input), IDIM(&dims, 'B'),
@@ -151,7 +151,7 @@ static PyObject *vae_plan(PyObject *object, PyObject *args, PyObject *kwargs) {
     for (int i = 0; i < 3; i++)
         if (core_int(sizes[i], names[i], 1, INT_MAX, &numbers[i]) < 0) return NULL;
     if (core_bool(decode_flag, "decode", &decode) < 0 || core_bool(keep_flag, "keep", &keep) < 0) return NULL;
-    if (core_begin(&call, self->lock, self->device, self->compute) < 0) return NULL;
+    if (core_begin(&call, &self->lock, self->device, self->compute) < 0) return NULL;
     if (core_end(&call, ladd_vae_plan(&call.ctx, &bytes, self->model, decode, numbers[0], numbers[1], numbers[2], keep)) < 0) return NULL;
     return PyLong_FromSize_t(bytes);
 }

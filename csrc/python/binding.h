@@ -13,6 +13,7 @@
 #define NO_IMPORT_ARRAY
 #endif
 #include <numpy/arrayobject.h>
+#include <stdatomic.h>
 #include <time.h>
 
 #include "../device.h"
@@ -49,18 +50,27 @@ core_state *core_state_of(PyTypeObject *type);
 
 typedef struct core_device core_device; /* below; NULL stands for the CPU everywhere */
 
+/* Held while a call works on an object. Signal handlers run in the middle of a call, in its thread: a handler that calls the same object would wait
+ * for itself for ever, so it is refused. */
+typedef struct core_lock {
+    PyThread_type_lock lock;
+    _Atomic unsigned long holder; /* the thread that has it, or 0 */
+} core_lock;
+int core_lock_init(core_lock *lock); /* 0, or -1 and an exception */
+void core_lock_free(core_lock *lock);
+
 typedef struct core_call {
     ladd_context ctx;
-    PyThread_type_lock lock; /* of the object, NULL for plain kernels */
-    core_device *device;     /* its lock is held too: calls on one device queue their work one after the other */
-    void *before;            /* what was current in this thread */
+    core_lock *lock;     /* of the object, NULL for plain kernels */
+    core_device *device; /* its lock is held too: calls on one device queue their work one after the other */
+    void *before;        /* what was current in this thread */
     PyThreadState *thread;
     struct timespec checked; /* when Ctrl-C was last looked for */
 } core_call;
 
 ladd_context core_context(const core_device *device, ladd_dtype compute);
-/* 0, or -1 with an exception when no backend serves this processor or the device is unusable. */
-int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype compute);
+/* 0, or -1 with an exception when no backend serves this processor, the device is unusable or this very thread is in a call of the same object. */
+int core_begin(core_call *call, core_lock *lock, core_device *device, ladd_dtype compute);
 int core_end(core_call *call, ladd_status status); /* 0, or -1 with the exception that the status stands for */
 int core_raise(ladd_status status);                /* sets that exception (GIL held); always -1 */
 
@@ -84,7 +94,7 @@ struct core_device {
     void *state;
     int index;
     char label[16]; /* "cuda:0" */
-    PyThread_type_lock lock;
+    core_lock lock;
     PyTypeObject *array_type, *guest_type;
     struct core_waiting *waiting; /* memory of others that queued work may still read */
     int recording;                /* 1: calls are recorded into a graph */
@@ -281,7 +291,7 @@ typedef struct core_kind {
 /* A model object. It holds no Python reference: config is made from the core's own struct. */
 typedef struct core_model {
     PyObject_HEAD const core_kind *kind;
-    PyThread_type_lock lock;
+    core_lock lock;
     void *model; /* ladd_mmdit, ladd_vae or ladd_disc */
     ladd_params *params;
     core_device *device; /* NULL: the CPU */

@@ -238,9 +238,9 @@ static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->array_type = (PyTypeObject *)Py_NewRef(state->array_type);
     self->guest_type = (PyTypeObject *)Py_NewRef(state->guest_type);
     snprintf(self->label, sizeof self->label, "cuda:%d", index);
-    if (!(self->lock = PyThread_allocate_lock())) {
+    if (core_lock_init(&self->lock) < 0) {
         Py_DECREF(self);
-        return PyErr_NoMemory();
+        return NULL;
     }
     ladd_status status;
     void *opened = NULL;
@@ -265,7 +265,7 @@ static void device_dealloc(PyObject *object) {
         self->api->close(self->state);
         self->api->leave(before);
     }
-    if (self->lock) PyThread_free_lock(self->lock);
+    core_lock_free(&self->lock);
     Py_XDECREF(self->array_type);
     Py_XDECREF(self->guest_type);
     Py_XDECREF(self->provider);

@@ -91,7 +91,7 @@ static PyObject *disc_forward(PyObject *object, PyObject *args, PyObject *kwargs
     if (!items) return NULL;
     if (!(logits = core_new_list(config->n_taps, "Bhw", &dims, outputs))) goto done;
     if (keep && !(saved = core_saved_new(self, &dims, config->n_taps))) goto done;
-    if (core_begin(&call, self->lock, self->device, self->compute) < 0) goto done;
+    if (core_begin(&call, &self->lock, self->device, self->compute) < 0) goto done;
     core_numbers times;
     ladd_status status = core_numbers_begin(&call, &times, sigma);
     if (status == LADD_OK)

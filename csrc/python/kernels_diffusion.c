@@ -48,11 +48,14 @@ static PyObject *normal(PyObject *module, PyObject *args, PyObject *kwargs) {
         return NULL;
     }
     for (Py_ssize_t i = 0; i < ndim; i++) dims[i] = sizes[i];
-    PyArrayObject *samples = read_samples(samples_given, sizes[0]);
-    if (!samples) return NULL;
     PyObject *out = out_given == Py_None || !out_given ? PyArray_EMPTY((int)ndim, dims, NPY_FLOAT32, 0) : Py_NewRef(out_given);
+    PyArrayObject *samples = out ? read_samples(samples_given, sizes[0]) : NULL;
+    if (!samples) {
+        Py_XDECREF(out);
+        return NULL;
+    }
     core_dims d = {0};
-    PyObject *array = out ? core_inout(out, "out", "B*", &d) : NULL;
+    PyObject *array = core_inout(out, "out", "B*", &d);
     if (array && core_rng_key(&key, seed, purpose, step, &d) < 0) array = NULL;
     int same = array && core_ndim(array) == (int)ndim;
     for (int i = 0; same && i < (int)ndim; i++) same = core_size(array, i) == dims[i];

@@ -120,7 +120,7 @@ static PyObject *mmdit_plan(PyObject *object, PyObject *args, PyObject *kwargs) 
     int *fields[4] = {&c.call.batch, &c.call.height, &c.call.width, &c.call.text_tokens};
     for (int i = 0; i < 4; i++)
         if (core_int(sizes[i], names[i], 1, INT_MAX, fields[i]) < 0) return NULL;
-    if (core_begin(&call, self->lock, self->device, self->compute) < 0) return NULL;
+    if (core_begin(&call, &self->lock, self->device, self->compute) < 0) return NULL;
     if (core_end(&call, ladd_mmdit_plan(&call.ctx, &bytes, self->model, &c.call)) < 0) return NULL;
     return PyLong_FromSize_t(bytes);
 }
@@ -169,7 +169,7 @@ static PyObject *mmdit_forward(PyObject *object, PyObject *args, PyObject *kwarg
     output = c.call.n_taps ? core_new_list(c.call.n_taps, "BND", &dims, features) : core_new("BKYX", &dims, 0);
     if (!output) goto done;
     if (c.call.keep && !(saved = core_saved_new(self, &dims, c.call.n_taps))) goto done;
-    if (core_begin(&call, self->lock, self->device, self->compute) < 0) goto done;
+    if (core_begin(&call, &self->lock, self->device, self->compute) < 0) goto done;
     core_numbers times;
     ladd_status status = core_numbers_begin(&call, &times, sigma);
     if (status == LADD_OK)

@@ -28,10 +28,7 @@ PyObject *core_model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs, c
     self->act = device == Py_None ? LADD_F32 : compute;
     if (device != Py_None) self->device = (core_device *)Py_NewRef(device);
     ladd_status status;
-    if (!(self->lock = PyThread_allocate_lock())) {
-        PyErr_NoMemory();
-        goto failed;
-    }
+    if (core_lock_init(&self->lock) < 0) goto failed;
     Py_BEGIN_ALLOW_THREADS;
     status = kind->create(&self->model, &config);
     Py_END_ALLOW_THREADS;
@@ -54,7 +51,7 @@ static void model_dealloc(PyObject *object) {
     core_model *self = (core_model *)object;
     PyTypeObject *type = Py_TYPE(self);
     if (self->model) self->kind->model_free(self->model);
-    if (self->lock) PyThread_free_lock(self->lock);
+    core_lock_free(&self->lock);
     Py_XDECREF(self->device);
     type->tp_free(self);
     Py_DECREF(type);
@@ -97,7 +94,7 @@ void *core_backward_begin(core_call *call, core_saved *self, int once, int param
         return NULL;
     }
     if (once) self->saved = NULL; /* before the GIL goes: another thread's call finds it used up */
-    if (core_begin(call, self->owner->lock, self->owner->device, self->owner->compute) < 0) {
+    if (core_begin(call, &self->owner->lock, self->owner->device, self->owner->compute) < 0) {
         self->saved = saved;
         return NULL;
     }
@@ -126,7 +123,7 @@ static PyObject *flat_view(core_model *self, float *data, int64_t count) { retur
 /* Gradients exist from their first use on. Under the lock: a backward of another thread may make them too. */
 static int need_grad(core_model *self) {
     core_call call;
-    if (core_begin(&call, self->lock, self->device, self->compute) < 0) return -1;
+    if (core_begin(&call, &self->lock, self->device, self->compute) < 0) return -1;
     return core_end(&call, ladd_params_need_grad(self->params));
 }
 
@@ -164,7 +161,7 @@ static PyObject *model_init(PyObject *object, PyObject *argument) {
     core_model *self = (core_model *)object;
     uint64_t seed;
     core_call call;
-    if (core_uint64(argument, "seed", &seed) < 0 || core_begin(&call, self->lock, self->device, self->compute) < 0) return NULL;
+    if (core_uint64(argument, "seed", &seed) < 0 || core_begin(&call, &self->lock, self->device, self->compute) < 0) return NULL;
     init_call task = {self->kind, self->model, seed};
     if (core_end(&call, ladd_params_on_host(self->params, run_init, &task)) < 0) return NULL;
     Py_RETURN_NONE;
@@ -174,7 +171,7 @@ static PyObject *model_ready(PyObject *object, PyObject *unused) {
     (void)unused;
     core_model *self = (core_model *)object;
     core_call call;
-    if (core_begin(&call, self->lock, self->device, self->compute) < 0) return NULL;
+    if (core_begin(&call, &self->lock, self->device, self->compute) < 0) return NULL;
     if (core_end(&call, ladd_params_ready(&call.ctx, self->params)) < 0) return NULL;
     Py_RETURN_NONE;
 }

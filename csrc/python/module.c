@@ -51,9 +51,38 @@ ladd_context core_context(const core_device *device, ladd_dtype compute) {
     return (ladd_context){.backend = device->api->backend(compute), .state = device->state, .act = compute, .act_size = core_item_size(compute)};
 }
 
-int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, ladd_dtype compute) {
+int core_lock_init(core_lock *lock) {
+    atomic_init(&lock->holder, 0);
+    if ((lock->lock = PyThread_allocate_lock())) return 0;
+    PyErr_NoMemory();
+    return -1;
+}
+
+void core_lock_free(core_lock *lock) {
+    if (lock->lock) PyThread_free_lock(lock->lock);
+}
+
+/* Another thread may change `holder` meanwhile, but only to its own number or 0. */
+static int held_here(core_lock *lock) { return lock && atomic_load_explicit(&lock->holder, memory_order_relaxed) == PyThread_get_thread_ident(); }
+
+static void acquire(core_lock *lock) {
+    PyThread_acquire_lock(lock->lock, WAIT_LOCK);
+    atomic_store_explicit(&lock->holder, PyThread_get_thread_ident(), memory_order_relaxed);
+}
+
+static void release(core_lock *lock) {
+    atomic_store_explicit(&lock->holder, 0, memory_order_relaxed);
+    PyThread_release_lock(lock->lock);
+}
+
+int core_begin(core_call *call, core_lock *lock, core_device *device, ladd_dtype compute) {
     call->ctx = core_context(device, compute);
     if (!call->ctx.backend) return core_raise(LADD_ERR_VALUE);
+    if (held_here(lock) || (device && held_here(&device->lock))) {
+        PyErr_Format(PyExc_RuntimeError, "expected a call when the %s is free, got one from a signal handler while it works for the same thread",
+                     held_here(lock) ? "model" : "device");
+        return -1;
+    }
     call->ctx.interrupted = signal_came;
     call->ctx.interrupt_argument = call;
     call->lock = lock;
@@ -61,9 +90,9 @@ int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, la
     clock_gettime(CLOCK_MONOTONIC, &call->checked);
     /* Locks are waited for without the GIL: their holders need the GIL to finish. */
     call->thread = PyEval_SaveThread();
-    if (lock) PyThread_acquire_lock(lock, WAIT_LOCK);
+    if (lock) acquire(lock);
     if (!device) return 0;
-    PyThread_acquire_lock(device->lock, WAIT_LOCK);
+    acquire(&device->lock);
     ladd_status status = device->api->enter(device->state, &call->before);
     return status == LADD_OK ? 0 : core_end(call, status);
 }
@@ -71,9 +100,9 @@ int core_begin(core_call *call, PyThread_type_lock lock, core_device *device, la
 int core_end(core_call *call, ladd_status status) {
     if (call->device) {
         call->device->api->leave(call->before);
-        PyThread_release_lock(call->device->lock);
+        release(&call->device->lock);
     }
-    if (call->lock) PyThread_release_lock(call->lock);
+    if (call->lock) release(call->lock);
     PyEval_RestoreThread(call->thread);
     return status == LADD_OK ? 0 : core_raise(status);
 }
