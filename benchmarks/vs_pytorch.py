@@ -153,7 +153,7 @@ def decode_row() -> tuple[Calls, dict[str, str]]:
 
 
 def all_rows(options: argparse.Namespace) -> dict[str, Comparison | Figure]:
-    """In the order they run in, which is that of their weight: a run that is cut short has the rows that say most."""
+    """In the order they run in: those that say most first, those of torch.compile, which may take minutes each, last."""
     eager: dict[str, Comparison | Figure] = {}
     compiled: dict[str, Comparison | Figure] = {}
 
@@ -205,7 +205,7 @@ def all_rows(options: argparse.Namespace) -> dict[str, Comparison | Figure]:
                 once = kernels.operations(size)[what] / RATE
                 at = {"along": along, "x": x, "what": what}
                 growth[f"growth/{along.replace(' ', '-')}-{x}/{what}"] = Comparison(build, once, share=0.25, growth=at)
-    return {**eager, **bounds, **({} if options.no_compile else compiled), **growth}
+    return {**eager, **bounds, **growth, **({} if options.no_compile else compiled)}
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ def run(rows: dict[str, Comparison | Figure], results: report.Result, options: a
                 result = {"value": value, "unit": row.unit, "bound": row.bound, "target": row.target, "detail": detail}
             else:
                 result = compare(row, options)
-        except ValueError as e:  # this build or processor has no such row
-            result = {"reason": str(e)}
+        except Exception as e:  # what one row cannot do must not cost the others
+            result = {"reason": f"{type(e).__name__}: {e}"}
         results["rows"][name] = {**result, "took": round(time.perf_counter() - start, 1)}
         print(f"{time.perf_counter() - began:5.0f} s  {report.line(name, results['rows'][name])}", flush=True)
         write(results, options.json)
@@ -380,6 +380,7 @@ def begin(options: argparse.Namespace) -> report.Result:
     earlier: report.Result = json.loads(options.json.read_text())
     if {k: v for k, v in earlier.items() if k != "rows"} != results:
         raise SystemExit(f"{options.json} was measured elsewhere or otherwise; remove it, or choose another with --json")
+    earlier["rows"] = {name: row for name, row in earlier["rows"].items() if "reason" not in row}
     return earlier
 
 

@@ -145,6 +145,17 @@ def test_a_failed_compilation_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPa
     assert row["ratio"] == {} and set(row["seconds"]) == {"ladd"}
 
 
+def test_a_row_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with monkeypatch.context() as broken:
+        broken.setattr(peer, "forward", lambda *_, **__: lambda: torch.zeros(2, 4, 8, 8))
+        first = run(monkeypatch, path, "demo/forward/float32", "one-picture", "--no-compile")
+    assert first["demo/forward/float32"]["reason"].startswith("AssertionError: both sides must compute the same")
+    assert first["one-picture"]["value"] > 0
+    again = run(monkeypatch, path, "demo/forward/float32", "--no-compile", "--resume")
+    assert "ratio" in again["demo/forward/float32"] and again["one-picture"] == first["one-picture"]
+
+
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = {}
