@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-INIT = 1
+INIT = 1  # of weights, with the tensor's number for the step; csrc/models/ has this constant and DISC_INIT too
 NOISE = 2  # start of the sampler, one seed an image
 SAMPLER = 3  # fresh noise of the re-noise sampler, one seed an image
 TIMES = 4

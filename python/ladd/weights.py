@@ -62,10 +62,9 @@ _FORMATS: dict[str, tuple[str, Callable[[NDArray[Any]], Array]]] = {
 
 
 def to_bfloat16(array: Array) -> NDArray[np.uint16]:
-    """Bits of the nearest bfloat16 (ties to even) of float32 values."""
+    """Bits of the nearest bfloat16 (ties to even) of finite float32 values."""
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-    return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype(np.uint16)
+    return (bits + (0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 # ---- one safetensors file -----------------------------------------------------------------------------------------
