@@ -159,6 +159,7 @@ ERRORS: dict[str, tuple[tuple[str, ...], str]] = {
     "output that is a file": (("train", "RUN", "--out", "RUN"), "--out must be a folder, got the file"),
     "pictures into a file": (("sample", "x", "--model", "PIPELINE", "--out", str(LICENSE)), "--out must be a folder, got the file"),
     "a table into a file": (("evaluate", "PIPELINE", "--out", "RUN"), "--out must be a folder, got the file"),
+    "no model to measure": (("evaluate", "nowhere", "--out", "x"), "no folder 'nowhere' with a pipeline"),
     "another command's stage": (("distill", "RUN", "--out", "x"), "stage must be 'distill' for `ladd distill`, got 'autoencoder'"),
     "unknown section": (("train", "RUN", "--out", "x", "--set", "modle.x=1"), "unknown key 'modle'; did you mean 'model'"),
     "unknown key": (("train", "RUN", "--out", "x", "--set", "run.step=1"), "[run]: unknown key 'step'; did you mean 'steps'"),

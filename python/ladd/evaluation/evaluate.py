@@ -483,8 +483,6 @@ def run(
         _check_counts(count, views)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)  # before hours of work that a file in its place would waste
     network = FeatureNetwork.from_pretrained(classifier)
     pipelines = load_pipelines(model, device=device, dtype=dtype) if pipelines is None else pipelines
     places = sorted({f"{pipe.model.dtype} on {pipe.model.device}" for pipe in pipelines.values()})
@@ -494,6 +492,8 @@ def run(
         raise ValueError(f"rows need the pipelines {', '.join(unknown)}; given: {', '.join(pipelines)}")
     if guidance_scale is None:
         guidance_scale = float(pipelines["teacher"].guidance_scale) if "teacher" in pipelines else 1.0
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # before hours of work that a file in its place would waste
     train = train_records()
     against = reference(network, train, reference_pictures)
     result: dict[str, Any] = {
