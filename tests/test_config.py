@@ -211,6 +211,8 @@ def test_bad_toml(tmp_path: Path) -> None:
         load_toml(write(tmp_path, "[lad]\n"), sections={"ladd": LADDConfig})
     with pytest.raises(ValueError, match=r"\[ladd\]: LADDConfig.loss must be one of"):
         load_toml(write(tmp_path, '[ladd]\nloss = "x"'), sections={"ladd": LADDConfig})
+    with pytest.raises(ValueError, match=r"run\.toml is not valid TOML"):
+        load_toml(write(tmp_path, "a = " + "1" * 5000))
     with pytest.raises(FileNotFoundError):
         load_toml(tmp_path / "none.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
@@ -220,7 +222,8 @@ def test_bad_toml(tmp_path: Path) -> None:
 
 def test_json_files(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    for text, message in (("{", "not valid JSON"), ("[1]", "must hold a JSON object, got list"), ("[" * 100_000, "not valid JSON")):
+    bad = ("{", "[" * 100_000, '{"a": ' + "1" * 5000 + "}")
+    for text, message in (("[1]", "must hold a JSON object, got list"), *((text, r"x\.json is not valid JSON") for text in bad)):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             config.load_json(path)

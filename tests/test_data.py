@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from ladd import text
+from ladd import text, weights
 from ladd.data import openmoji, shards
 
 
@@ -186,6 +189,9 @@ def test_scaled_pictures_do_not_look_like_noise_and_noise_does() -> None:
         ('{"format": 1, "provenance": {}, "shards": []}', "no latents yet"),
         ('{"format": 1, "provenance": {}, "shards": [{"file": "../x.safetensors", "count": 1}]}', "must hold format"),
         ('{"format": 1, "provenance": {}, "shards": [{"file": "x.safetensors", "count": -1}]}', "must hold format"),
+        ('{"format": 1, "provenance": {}, "shards": [{"file": "x.safetensors", "count": true}]}', "must hold format"),
+        ('{"format": ' + "1" * 5000 + "}", r"index\.json is not valid JSON"),
+        ('{"format": 1, "provenance": {}, "shards": [{"file": "..", "count": 1}]}', "not a readable shard"),
         ('{"format": 1, "provenance": {}, "shards": [{"file": "missing.safetensors", "count": 1}]}', "not a readable shard"),
     ],
 )
@@ -194,6 +200,32 @@ def test_a_bad_index_is_an_error(tmp_path: Path, index: str, message: str) -> No
         shards.LatentShards(tmp_path)
     (tmp_path / "index.json").write_text(index)
     with pytest.raises(ValueError, match=message):
+        shards.LatentShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": np.zeros((2, 4, 2, 6), np.uint8)}, "latents must be one of F16, F32, F64, got U8"),
+        ({"pooled": np.zeros((2, 2), bool)}, "pooled must be one of F16, F32, F64, got BOOL"),
+        ({"seed": np.full(2, np.nan)}, "seed must be one of I64, I32, U64, U32, got F64"),
+        ({"latents": np.zeros((2, 0, 2, 6), np.float32)}, r"latents must have sizes of at least 1, got shape \[2, 0, 2, 6\]"),
+        ({"context": np.zeros((2, 3), np.float32)}, r"got context \[2, 3\]"),
+        ({"latents": np.zeros((3, 4, 2, 6), np.float32)}, "latents must have 2 rows"),
+    ],
+)
+def test_a_shard_that_others_wrote_is_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    arrays = {"latents": np.ones((2, 4, 2, 6), np.float32), "context": np.ones((2, 3, 7), np.float32), "pooled": np.ones((2, 2), np.float32)}
+    save_file({**arrays, **change}, tmp_path / "x.safetensors")
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "provenance": {}, "shards": [{"file": "x.safetensors", "count": 2}]}))
+    with pytest.raises(ValueError, match=message):
+        shards.LatentShards(tmp_path)
+
+
+def test_a_shard_in_bfloat16_says_that_it_is_one(tmp_path: Path) -> None:
+    weights.write_safetensors(tmp_path / "x.safetensors", {"latents": np.ones((2, 4, 2, 6), np.float32)}, dtype="bfloat16")
+    (tmp_path / "index.json").write_text('{"format": 1, "provenance": {}, "shards": [{"file": "x.safetensors", "count": 2}]}')
+    with pytest.raises(ValueError, match="latents must be one of F16, F32, F64, got BF16"):
         shards.LatentShards(tmp_path)
 
 
@@ -221,6 +253,12 @@ def test_shards_of_encoded_text_need_no_encoder(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             writer.write(arrays, prompts)
+    for arrays, message in (
+        ({"latents": z.astype(int)}, "latents must hold floating-point"),
+        ({"latents": z, "seed": z[:, 0, 0, 0]}, "integers"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            writer.write(arrays, ["a"] * 5)
     assert shards.ShardWriter(tmp_path, {"teacher": "x"}).count == 5
     for origin in ({}, {"teacher": "x", "steps": 4}):  # what only one side says is another origin too
         with pytest.raises(ValueError, match="of another origin"):

@@ -485,7 +485,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(table).__name__}")
@@ -501,7 +501,7 @@ def load_toml(path: str | Path, overrides: Iterable[str] = (), sections: Mapping
     path = Path(path)
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         apply_override(table, override)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 FORMAT = 1
+_FLOATS, _INTEGERS = ("F16", "F32", "F64"), ("I64", "I32", "U64", "U32")  # what NumPy has a type for
+_DTYPES = {"latents": _FLOATS, "context": _FLOATS, "pooled": _FLOATS, "seed": _INTEGERS}
 
 
 class TextEncoder(Protocol):
@@ -105,6 +107,8 @@ class ShardWriter:
         if n == 0 or latents.ndim != 4:
             raise ValueError(f"latents must have shape [n >= 1, C, H, W], got {list(latents.shape)}")
         for name, a in arrays.items():
+            if name in _DTYPES and a.dtype.kind not in ("iu" if name == "seed" else "f"):
+                raise TypeError(f"{name} must hold {'integers' if name == 'seed' else 'floating-point numbers'}, got dtype {a.dtype}")
             if len(a) != n:
                 raise ValueError(f"{name} must have {n} rows as latents have, got {len(a)}")
         if (prompts is None) == ("context" not in arrays or "pooled" not in arrays):
@@ -129,7 +133,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no latent shards: index.json is missing (make them with `ladd generate`)")
     try:
         index: dict[str, Any] = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     ok = isinstance(index, dict) and index.get("format") == FORMAT and isinstance(index.get("provenance"), dict)
     if not ok or not isinstance(index.get("shards"), list) or not all(_is_shard(s) for s in index["shards"]):
@@ -139,7 +143,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 def _is_shard(entry: Any) -> bool:
     file, count = (entry.get("file"), entry.get("count")) if isinstance(entry, dict) else (None, None)
-    return isinstance(file, str) and Path(file).name == file and isinstance(count, int) and count > 0
+    return isinstance(file, str) and Path(file).name == file and type(count) is int and count > 0
 
 
 def _difference(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
@@ -168,7 +172,7 @@ class LatentShards:
                 file: Any = safe_open(path, framework="np")
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 prompts = json.loads((file.metadata() or {}).get("prompts", "[]"))
-            except (SafetensorError, OSError, json.JSONDecodeError, RecursionError) as error:
+            except (SafetensorError, OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is not a readable shard: {error}") from None
             self._check(path, slices, prompts, entry["count"])
             found = list(slices["latents"].get_shape()[1:])
@@ -185,7 +189,11 @@ class LatentShards:
         if "latents" not in slices or len(slices["latents"].get_shape()) != 4:
             raise ValueError(f"{path} must hold latents [n,C,H,W]")
         for name, part in slices.items():
-            shape = list(part.get_shape())
+            shape, dtype = list(part.get_shape()), part.get_dtype()
+            if dtype not in _DTYPES.get(name, (dtype,)):
+                raise ValueError(f"{path}: {name} must be one of {', '.join(_DTYPES[name])}, got {dtype}")
+            if 0 in shape:
+                raise ValueError(f"{path}: {name} must have sizes of at least 1, got shape {shape}")
             if shape[:1] != [count]:
                 raise ValueError(f"{path}: {name} must have {count} rows as the index says, got shape {shape}")
             if len(shape) != {"context": 3, "pooled": 2}.get(name, len(shape)):
