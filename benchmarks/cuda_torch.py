@@ -16,17 +16,22 @@ from cuda_work import TEXT
 from torch import Tensor, nn
 
 
+def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+    """In the type of x: the fused kernel refuses the float32 weights that autocast leaves."""
+    return x if weight is None else F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-6)
+
+
 class Attention(nn.Module):
     def __init__(self, d: int, heads: int, norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.q_norm = nn.RMSNorm(d // heads, eps=1e-6) if norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(d // heads, eps=1e-6) if norm else nn.Identity()
+        self.q_norm = nn.Parameter(torch.ones(d // heads)) if norm else None
+        self.k_norm = nn.Parameter(torch.ones(d // heads)) if norm else None
 
     def project(self, x: Tensor) -> list[Tensor]:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return [self.q_norm(q), self.k_norm(k), v]
+        return [normed(q, self.q_norm), normed(k, self.k_norm), v]
 
 
 class Block(nn.Module):
@@ -88,26 +93,50 @@ class Transformer(nn.Module):
         return tokens.unflatten(1, (h, w)).unflatten(3, (self.p, self.p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+class Spectral(nn.Module):
+    """A weight over its largest singular value, by one power iteration a call. PyTorch's parametrization does the same, but makes a class a
+    weight, and torch.compile would compile every head anew."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape) / (shape[0] ** 0.5))
+        self.register_buffer("u", F.normalize(torch.randn(shape[0]), dim=0))
+
+    def forward(self) -> Tensor:
+        matrix = self.weight.flatten(1)
+        with torch.no_grad():
+            v = F.normalize(torch.mv(matrix.t(), self.u), dim=0)
+            u = F.normalize(torch.mv(matrix, v), dim=0)
+            self.u.copy_(u)
+        return self.weight / torch.dot(u, torch.mv(matrix, v))
+
+
 class Head(nn.Module):
     def __init__(self, d: int, c: int, groups: int, kernel: int, pooled: int, k: int) -> None:
         super().__init__()
-        normed = nn.utils.parametrizations.spectral_norm
-        self.proj, self.conv = normed(nn.Linear(d, c)), normed(nn.Conv2d(c, c, kernel, padding=kernel // 2))
+        self.proj, self.proj_bias = Spectral(c, d), nn.Parameter(torch.zeros(c))
+        self.conv, self.conv_bias = Spectral(c, c, kernel, kernel), nn.Parameter(torch.zeros(c))
         self.norm1, self.norm2 = nn.GroupNorm(groups, c), nn.GroupNorm(groups, c)
-        self.out, self.direction = nn.Parameter(torch.randn(c) / c**0.5), normed(nn.Linear(k, c, bias=False))
+        self.out, self.direction = nn.Parameter(torch.randn(c) / c**0.5), Spectral(c, k)
         self.psi = nn.Linear(256 + pooled, k)
+        self.padding = kernel // 2
 
     def forward(self, x: Tensor, features: Tensor, pooled: Tensor) -> Tensor:
         side = int(x.shape[1] ** 0.5)
-        a = F.leaky_relu(self.norm1(self.proj(x).transpose(1, 2).unflatten(2, (side, side))), 0.2)
-        r = F.leaky_relu(self.norm2(self.conv(a)), 0.2) + a
-        e = self.out + self.direction(self.psi(torch.cat([features, pooled], 1)))
+        a = F.linear(x, self.proj(), self.proj_bias).transpose(1, 2).unflatten(2, (side, side))
+        a = F.leaky_relu(self.norm1(a), 0.2)
+        r = F.leaky_relu(self.norm2(F.conv2d(a, self.conv(), self.conv_bias, padding=self.padding)), 0.2) + a
+        e = self.out + F.linear(self.psi(torch.cat([features, pooled], 1)), self.direction())
         return torch.einsum("bchw,bc->bhw", r, e)
 
 
 # ---- timing ------------------------------------------------------------------------------------------------------------------------------
 
 BY = (("torch.compile", True), ("torch eager", False))
+# Blocks differ (second attention, no text at the end) and so does what a step wants of them: some ten graphs of one function. Beyond PyTorch's
+# limit of eight the rest would silently run eager.
+torch._dynamo.config.recompile_limit = 64
+torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def place(bench: Any) -> str:

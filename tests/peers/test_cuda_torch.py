@@ -59,3 +59,26 @@ def test_a_step_changes_student_heads_and_average(bench: Any) -> None:
         changed = [not torch.equal(a, b) for a, b in zip(values, parts[name].parameters()) if b.requires_grad]
         assert sum(changed) > 0.8 * len(changed), name
     assert any(not torch.equal(a, b) for a, b in zip(average, parts["average"])) and not any(p.requires_grad for p in parts["average"])
+
+
+def test_the_rivals_spectral_norm_is_one() -> None:
+    torch.manual_seed(0)
+    weight = cuda_torch.Spectral(8, 3, 5)
+    for _ in range(200):
+        normed = weight()
+    assert torch.linalg.matrix_norm(normed.flatten(1), 2).item() == pytest.approx(1, abs=1e-4)
+    normed[0, 0, 0].backward()
+    assert weight.weight.grad.abs().sum() > 0
+
+
+def test_no_block_of_a_compiled_step_runs_eager(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kinds of blocks and heads: more graphs of one function than PyTorch compiles unless told to. Its compiler itself is left out."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    given = {**vars(cuda.config_of("SD3.5-medium", True)), "num_layers": 4, "dual_attention_layers": (0, 1)}
+    heads = ladd.DiscriminatorConfig(feature_dim=32, pooled_dim=given["pooled_projection_dim"], taps=(0, 1, 2, 3), width=8, num_groups=2)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cuda_torch.trainer(bench, ladd.MMDiTConfig(**given), heads, 8, True)()
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["total"] == frames["ok"] > 8, frames
