@@ -44,7 +44,7 @@ Calls = dict[str, Callable[[], object]]
 DTYPES = ("float32", "bfloat16")
 # For the plan of a run. On the two cores of docs/performance.md a turn of both sides takes the time of its operations at RATE a second;
 # BUILDING is the seconds before the first turn, COMPILING the same where torch.compile finds what it made before.
-RATE, BUILDING, COMPILING = 1e11, 4.0, 60.0
+RATE, BUILDING, COMPILING = 1e11, 4.0, 20.0
 # Ratios that ladd is to reach.
 TARGETS = {
     "step": {"float32": {"eager": 1.8, "compile": 1.6}, "bfloat16": {"eager": 2.0, "compile": 1.8}},
