@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -220,6 +221,28 @@ def test_a_shard_that_others_wrote_is_checked(tmp_path: Path, change: dict[str, 
     (tmp_path / "index.json").write_text(json.dumps({"format": 1, "provenance": {}, "shards": [{"file": "x.safetensors", "count": 2}]}))
     with pytest.raises(ValueError, match=message):
         shards.LatentShards(tmp_path)
+
+
+def test_a_shard_that_is_cut_or_replaced_while_it_is_open(tmp_path: Path) -> None:
+    """Memory that is mapped to a file would end the process here."""
+    arrays = {
+        "latents": np.ones((64, 4, 16, 16), np.float32),
+        "context": np.ones((64, 3, 7), np.float32),
+        "pooled": np.ones((64, 2), np.float32),
+    }
+    shards.ShardWriter(tmp_path, {}).write(arrays)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole, read = path.read_bytes(), shards.LatentShards(tmp_path)
+    assert np.array_equal(read.batch([63]).latents[0], arrays["latents"][63])
+    os.truncate(path, 5000)
+    with pytest.raises(ValueError, match=r"latents-00000\.safetensors was changed while it was in use"):
+        read.batch([63])
+    with pytest.raises(ValueError, match=r"not a readable shard: .* of 4[0-9]+"):
+        shards.LatentShards(tmp_path)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        read.batch([0])
+    assert len(shards.LatentShards(tmp_path).batch([0, 63]).latents) == 2
 
 
 def test_a_shard_in_bfloat16_says_that_it_is_one(tmp_path: Path) -> None:

@@ -492,8 +492,11 @@ def public_pairs() -> list[tuple[str, str]]:
 def test_whatever_holds_the_numbers_is_accepted(kernel: str, name: str) -> None:
     call, function = PUBLIC[kernel], getattr(kernels, kernel)
     wanted, value = function(**call), call[name]
-    strided = np.repeat(value, 2, axis=-1)[..., ::2]
-    for given in (value.astype(np.float64), value.astype(">f4"), strided, value.tolist(), ByDLPack(value), ByArray(value)):
+    strided, reverse = np.repeat(value, 2, axis=-1)[..., ::2], value[..., ::-1].copy()[..., ::-1]
+    odd = np.frombuffer(bytearray(value.nbytes + 1), np.uint8)[1:].view(np.float32).reshape(value.shape)
+    odd[...] = value
+    odd.flags.writeable = False
+    for given in (value.astype(np.float64), value.astype(">f4"), strided, reverse, odd, value.tolist(), ByDLPack(value), ByArray(value)):
         assert same(function(**{**call, name: given}), wanted), type(given)
 
 

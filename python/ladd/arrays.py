@@ -18,6 +18,8 @@ def as_float32(value: Any, name: str, shape: Sequence[int | str | None] | None =
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} must hold real numbers (float32), got dtype {array.dtype}")
     result = np.ascontiguousarray(array, dtype=np.float32) if array.ndim else np.asarray(array, dtype=np.float32)
+    if not result.flags.aligned:  # a field of a record, a view into a file
+        result = result.copy()
     if shape is not None:
         check_shape(result.shape, name, shape)
     if finite and not np.isfinite(result).all():

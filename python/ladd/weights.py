@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,9 @@ _FORMATS: dict[str, tuple[str, Callable[[NDArray[Any]], Array]]] = {
     "I32": ("<i4", _F32),
     "I16": ("<i2", _F32),
     "I8": ("i1", _F32),
+    "U64": ("<u8", _F32),
+    "U32": ("<u4", _F32),
+    "U16": ("<u2", _F32),
     "U8": ("u1", _F32),
     "BOOL": ("u1", _F32),
 }
@@ -68,6 +71,15 @@ def to_bfloat16(array: Array) -> NDArray[np.uint16]:
 
 
 # ---- one safetensors file -----------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """What a file's header says of one tensor."""
+
+    dtype: str  # a name of the format, such as F16
+    shape: tuple[int, ...]
+    offset: int  # in the file
+    bytes: int
 
 
 class TensorRef:
@@ -99,8 +111,8 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def read_safetensors(path: str | Path) -> dict[str, TensorRef]:
-    """The tensors of one file, unread. ValueError if the file is cut, its header does not parse, or its offsets do not fit."""
+def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """What a file says of its tensors, and its metadata. ValueError if it is cut, its header does not parse, or its offsets do not fit."""
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -118,14 +130,16 @@ def read_safetensors(path: str | Path) -> dict[str, TensorRef]:
         raise ValueError(f"{path}: the safetensors header is not valid JSON: {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header must be an object, got {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: __metadata__ must be an object, got {type(metadata).__name__}")
     data = size - 8 - length
-    tensors: dict[str, TensorRef] = {}
+    entries: dict[str, Entry] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in header.items():
         begin, end, shape, dtype = _check_entry(path, name, entry, data)
         spans.append((begin, end))
-        tensors[name] = TensorRef(shape, _reader(path, name, 8 + length + begin, end - begin, shape, dtype), f"{path}: {name}")
+        entries[name] = Entry(dtype, shape, 8 + length + begin, end - begin)
     at = 0
     for begin, end in sorted(spans):
         if begin != at:
@@ -133,7 +147,14 @@ def read_safetensors(path: str | Path) -> dict[str, TensorRef]:
         at = end
     if at != data:
         raise ValueError(f"{path}: the header describes {at} bytes of data, the file has {data}")
-    return tensors
+    return entries, metadata
+
+
+def read_safetensors(path: str | Path) -> dict[str, TensorRef]:
+    """The tensors of one file, unread, once its header is checked."""
+    path = Path(path)
+    entries, _ = read_header(path)
+    return {name: TensorRef(entry.shape, _reader(path, name, entry), f"{path}: {name}") for name, entry in entries.items()}
 
 
 def _check_entry(path: Path, name: str, entry: Any, data: int) -> tuple[int, int, tuple[int, ...], str]:
@@ -156,18 +177,20 @@ def _check_entry(path: Path, name: str, entry: Any, data: int) -> tuple[int, int
     return begin, end, tuple(shape), dtype
 
 
-def _reader(path: Path, name: str, offset: int, count: int, shape: tuple[int, ...], dtype: str) -> Callable[[], Array]:
-    def read() -> Array:
-        buffer = bytearray(count)
-        with path.open("rb") as file:
-            file.seek(offset)
-            got = file.readinto(buffer)
-        if got != count:
-            raise ValueError(f"{path}: tensor {name!r} is cut: expected {count} bytes, read {got}")
-        kind, convert = _FORMATS[dtype]
-        return convert(np.frombuffer(buffer, dtype=kind)).reshape(shape)
+def read_bytes(path: Path, name: str, offset: int, count: int) -> bytearray:
+    """Bytes of one tensor, by a plain read: a file that is cut meanwhile is an error, where mapped memory would end the process."""
+    buffer = bytearray(count)
+    with path.open("rb") as file:
+        file.seek(offset)
+        got = file.readinto(buffer)
+    if got != count:
+        raise ValueError(f"{path}: tensor {name!r} is cut: expected {count} bytes, read {got}")
+    return buffer
 
-    return read
+
+def _reader(path: Path, name: str, entry: Entry) -> Callable[[], Array]:
+    kind, convert = _FORMATS[entry.dtype]
+    return lambda: convert(np.frombuffer(read_bytes(path, name, entry.offset, entry.bytes), dtype=kind)).reshape(entry.shape)
 
 
 def write_safetensors(

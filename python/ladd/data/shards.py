@@ -12,6 +12,7 @@ set may be larger than the memory.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import atomic_file, write_json
-from ..weights import sha256
+from ..weights import Entry, read_bytes, read_header, sha256
 
 if TYPE_CHECKING:
     from ..models import AutoencoderKL, MMDiT
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 FORMAT = 1
-_FLOATS, _INTEGERS = ("F16", "F32", "F64"), ("I64", "I32", "U64", "U32")  # what NumPy has a type for
-_DTYPES = {"latents": _FLOATS, "context": _FLOATS, "pooled": _FLOATS, "seed": _INTEGERS}
+_FLOATS, _INTEGERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}, {"I64": "<i8", "I32": "<i4", "U64": "<u8", "U32": "<u4"}
+_DTYPES = {"latents": _FLOATS, "context": _FLOATS, "pooled": _FLOATS, "seed": _INTEGERS, "guidance_scale": _FLOATS}
 
 
 class TextEncoder(Protocol):
@@ -155,41 +156,40 @@ class LatentShards:
     """Rows of a folder of shards. `text` turns the prompts of prompt shards into context and pooled."""
 
     def __init__(self, folder: str | Path, text: TextEncoder | None = None) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.folder = Path(folder)
         self.text = text
         index = read_index(folder)
         self.provenance: dict[str, Any] = index["provenance"]
         if not index["shards"]:
             raise ValueError(f"{self.folder} holds no latents yet")
-        self._slices: list[dict[str, Any]] = []
+        self._files: list[tuple[Path, os.stat_result]] = []
+        self._entries: list[dict[str, Entry]] = []
         self._prompts: list[list[str]] = []
         shape: list[int] | None = None
         for entry in index["shards"]:
             path = self.folder / entry["file"]
             try:
-                file: Any = safe_open(path, framework="np")
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                prompts = json.loads((file.metadata() or {}).get("prompts", "[]"))
-            except (SafetensorError, OSError, ValueError, RecursionError) as error:
+                entries, metadata = read_header(path)
+                prompts = json.loads(metadata.get("prompts", "[]"))
+                self._files.append((path, path.stat()))
+            except (OSError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is not a readable shard: {error}") from None
-            self._check(path, slices, prompts, entry["count"])
-            found = list(slices["latents"].get_shape()[1:])
+            self._check(path, entries, prompts, entry["count"])
+            found = list(entries["latents"].shape[1:])
             if shape is not None and found != shape:
                 raise ValueError(f"{path}: latents must have shape {shape} as in the first shard, got {found}")
             shape = found
-            if self._slices and ("context" in slices) != ("context" in self._slices[0]):
+            if self._entries and ("context" in entries) != ("context" in self._entries[0]):
                 raise ValueError(f"{path} must hold {'context' if prompts else 'prompts'} as the first shard does; they are of two kinds")
-            self._slices.append(slices)
+            self._entries.append(entries)
             self._prompts.append(prompts)
         self._ends = np.cumsum([entry["count"] for entry in index["shards"]])
 
-    def _check(self, path: Path, slices: Mapping[str, Any], prompts: list[str], count: int) -> None:
-        if "latents" not in slices or len(slices["latents"].get_shape()) != 4:
+    def _check(self, path: Path, entries: Mapping[str, Entry], prompts: list[str], count: int) -> None:
+        if "latents" not in entries or len(entries["latents"].shape) != 4:
             raise ValueError(f"{path} must hold latents [n,C,H,W]")
-        for name, part in slices.items():
-            shape, dtype = list(part.get_shape()), part.get_dtype()
+        for name, entry in entries.items():
+            shape, dtype = list(entry.shape), entry.dtype
             if dtype not in _DTYPES.get(name, (dtype,)):
                 raise ValueError(f"{path}: {name} must be one of {', '.join(_DTYPES[name])}, got {dtype}")
             if 0 in shape:
@@ -198,7 +198,7 @@ class LatentShards:
                 raise ValueError(f"{path}: {name} must have {count} rows as the index says, got shape {shape}")
             if len(shape) != {"context": 3, "pooled": 2}.get(name, len(shape)):
                 raise ValueError(f"{path}: context must have shape [n,T,J] and pooled [n,P], got {name} {shape}")
-        if "context" in slices and "pooled" in slices:
+        if "context" in entries and "pooled" in entries:
             return
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"{path}: prompts must be a list of strings, got {str(prompts)[:80]!r}")
@@ -212,13 +212,13 @@ class LatentShards:
 
     @property
     def arrays(self) -> list[str]:
-        """Names of the arrays that every shard holds, such as latents, seed, context."""
-        return sorted(set.intersection(*(set(slices) for slices in self._slices)))
+        """Names of the arrays that every shard holds: latents and text, and maybe seed and guidance_scale."""
+        return sorted(set.intersection(set(_DTYPES), *(set(entries) for entries in self._entries)))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """C, H, W."""
-        c, h, w = self._slices[0]["latents"].get_shape()[1:]
+        c, h, w = self._entries[0]["latents"].shape[1:]
         return int(c), int(h), int(w)
 
     def prompts(self, rows: Sequence[int] | Array) -> list[str]:
@@ -237,8 +237,17 @@ class LatentShards:
         return shard, int(row - (self._ends[shard - 1] if shard else 0))
 
     def rows(self, name: str, rows: Sequence[int] | Array) -> Array:
-        """One array's rows, stacked, in the dtype that is stored."""
-        return np.stack([self._slices[shard][name][i : i + 1][0] for shard, i in map(self._locate, rows)])
+        """Rows of one of the arrays that shards are made of, stacked, in the dtype that is stored."""
+        return np.stack([self._row(name, *self._locate(row)) for row in rows])
+
+    def _row(self, name: str, shard: int, i: int) -> Array:
+        (path, opened), entry = self._files[shard], self._entries[shard][name]
+        now = path.stat()
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (opened.st_ino, opened.st_size, opened.st_mtime_ns):
+            raise ValueError(f"{path} was changed while it was in use: its rows may be others now")
+        size = entry.bytes // entry.shape[0]
+        row: Array = np.frombuffer(read_bytes(path, name, entry.offset + i * size, size), _DTYPES[name][entry.dtype])
+        return row.reshape(entry.shape[1:])
 
     def batch(self, rows: Sequence[int] | Array) -> Batch:
         """Latents with their text."""
