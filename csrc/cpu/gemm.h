@@ -50,9 +50,13 @@ static inline int gemm_even(int k) { return (k + GEMM_PAIR - 1) / GEMM_PAIR * GE
 static inline size_t gemm_a_size(int m, int k) { return (size_t)((m + GEMM_MR - 1) / GEMM_MR) * GEMM_AS * (size_t)gemm_even(k); }
 static inline size_t gemm_b_size(int k, int n) { return (size_t)((n + GEMM_NR - 1) / GEMM_NR) * GEMM_NR * (size_t)gemm_even(k); }
 
-/* The size of the blocks that a long k is cut into, by k only: panels of one block stay in the caches near the core. */
+/* The size of the blocks that a long k is cut into, by k only: what tasks keep packed of one block stays in the level-2 cache. */
 static inline int gemm_k_block(int k) {
+#if defined(__AVX512F__)
+    enum { LONGEST = 768 * GEMM_PAIR };
+#else
     enum { LONGEST = 384 };
+#endif
     int blocks = (k + LONGEST - 1) / LONGEST;
     return blocks > 1 ? (int)((k + blocks - 1) / blocks + 1) / 2 * 2 : k;
 }
@@ -217,13 +221,15 @@ static inline void gemm_pack_b(gemm_packed *out, const float *b, ptrdiff_t step,
 
 /* ---- the inner kernel ---------------------------------------------------------------------------------------------------- */
 
-/* c[MR, NV vectors] at row stride c_row = start (one value a column) or c + sum over k of a b; one panel of each. */
+/* c[MR, NV vectors] at row stride c_row = start (one value a column) or c + sum over k of a b; one panel of each. Meanwhile what lies at `ahead` is
+ * fetched, a cache line a step. */
 static inline __attribute__((always_inline)) void gemm_tile(const int MR, const int NV, float *c, ptrdiff_t c_row, const gemm_packed *a,
-                                                            const gemm_packed *b, int k, const float *start, int add) {
+                                                            const gemm_packed *b, int k, const float *start, int add, const char *ahead) {
     gemm_vec acc[GEMM_MR][GEMM_NV];
     for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++) acc[m][v] = gemm_load(start + v * GEMM_LANES);
-    for (int t = 0; t < k; t += GEMM_PAIR, a += GEMM_AS * GEMM_PAIR, b += GEMM_NR * GEMM_PAIR) {
+    for (int t = 0; t < k; t += GEMM_PAIR, a += GEMM_AS * GEMM_PAIR, b += GEMM_NR * GEMM_PAIR, ahead += 64) {
+        __builtin_prefetch(ahead, 0, 2);
 #if defined(LADD_BF16_PRODUCTS)
         __m512i y[GEMM_NV];
         for (int v = 0; v < NV; v++) y[v] = _mm512_load_si512(b + v * 2 * GEMM_LANES);
@@ -255,13 +261,14 @@ static inline __attribute__((always_inline)) void gemm_tile(const int MR, const 
 }
 
 /* One function for each size of tile, so that its accumulators are registers. */
-#define GEMM_VARIANT(m)                                                                                                                        \
-    static void gemm_tile_##m##_1(float *c, ptrdiff_t c_row, const gemm_packed *a, const gemm_packed *b, int k, const float *start, int add) { \
-        gemm_tile(m, 1, c, c_row, a, b, k, start, add);                                                                                        \
-    }                                                                                                                                          \
-    static void gemm_tile_##m##_2(float *c, ptrdiff_t c_row, const gemm_packed *a, const gemm_packed *b, int k, const float *start, int add) { \
-        gemm_tile(m, 2, c, c_row, a, b, k, start, add);                                                                                        \
+typedef void (*gemm_kernel)(float *c, ptrdiff_t c_row, const gemm_packed *a, const gemm_packed *b, int k, const float *start, int add,
+                            const char *ahead);
+#define GEMM_VARIANT_OF(m, v)                                                                                                                  \
+    static void gemm_tile_##m##_##v(float *c, ptrdiff_t c_row, const gemm_packed *a, const gemm_packed *b, int k, const float *start, int add, \
+                                    const char *ahead) {                                                                                       \
+        gemm_tile(m, v, c, c_row, a, b, k, start, add, ahead);                                                                                 \
     }
+#define GEMM_VARIANT(m) GEMM_VARIANT_OF(m, 1) GEMM_VARIANT_OF(m, 2)
 #define GEMM_NAMES(m) {gemm_tile_##m##_1, gemm_tile_##m##_2}
 GEMM_VARIANT(1)
 GEMM_VARIANT(2)
@@ -281,7 +288,6 @@ GEMM_VARIANT(12)
 GEMM_VARIANT(13)
 GEMM_VARIANT(14)
 #endif
-typedef void (*gemm_kernel)(float *c, ptrdiff_t c_row, const gemm_packed *a, const gemm_packed *b, int k, const float *start, int add);
 static const gemm_kernel gemm_tiles[GEMM_MR][GEMM_NV] = {
     GEMM_NAMES(1), GEMM_NAMES(2), GEMM_NAMES(3), GEMM_NAMES(4),
 #if defined(__AVX2__)
@@ -292,6 +298,7 @@ static const gemm_kernel gemm_tiles[GEMM_MR][GEMM_NV] = {
 #endif
 };
 #undef GEMM_VARIANT
+#undef GEMM_VARIANT_OF
 #undef GEMM_NAMES
 
 /* c[m,n] at row stride c_row (= bias[n] +, or += with add) A B, both packed with this k; n at most GEMM_NR: one panel of B. bias may be NULL. */
@@ -308,11 +315,14 @@ static inline void gemm_packed_strip(float *c, ptrdiff_t c_row, const gemm_packe
     for (int i = 0; i < m; i += GEMM_MR, a += GEMM_AS * gemm_even(k), c += GEMM_MR * c_row) {
         int rows = m - i < GEMM_MR ? m - i : GEMM_MR;
         gemm_kernel kernel = gemm_tiles[rows - 1][vectors - 1];
+        /* One of the operands passes by, of which this strip reads one panel: the next one is fetched, B's, which is twice as long, in two parts.
+         * (Where none comes next, these are addresses that nobody reads.) */
+        const gemm_packed *ahead = m > GEMM_MR ? b + (GEMM_NR + i / GEMM_MR % 2 * (GEMM_NR / 2)) * gemm_even(k) : a + GEMM_AS * gemm_even(k);
         if (n % GEMM_LANES == 0) {
-            kernel(c, c_row, a, b, k, first, add);
+            kernel(c, c_row, a, b, k, first, add, (const char *)ahead);
             continue;
         }
-        kernel(rest, GEMM_NR, a, b, k, first, 0);
+        kernel(rest, GEMM_NR, a, b, k, first, 0, (const char *)ahead);
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < n; j++) c[r * c_row + j] = add ? c[r * c_row + j] + rest[r * GEMM_NR + j] : rest[r * GEMM_NR + j];
     }
@@ -340,32 +350,50 @@ typedef struct gemm_product {
     int M, N, K, add;
     /* set by gemm_plan and gemm_share; at first zero */
     int n_m, n_n;        /* tiles of whole panels, n_m down and n_n across, as equal as can be: a task each */
-    gemm_packed *shared; /* all of B, packed once for all tasks: blocks of k, then panels; NULL: each task packs the columns it reads */
+    int passing;         /* the operand that passes by, panel after panel, while a task keeps its part of the other, the larger one */
+    gemm_packed *shared; /* all of the passing operand, packed once for all tasks: blocks of k, then panels; NULL: each task packs what it reads */
     atomic_int failed;
 } gemm_product;
 
-enum { GEMM_TASK_SLOT = 2, GEMM_SHARED_SLOT = 3, GEMM_SHARED_RUN = 4 * GEMM_NR, GEMM_SHARED_MOST = 1 << 24 };
+enum { GEMM_TASK_SLOT = 2, GEMM_SHARED_SLOT = 3, GEMM_SHARED_MOST = 1 << 24 };
+enum { GEMM_A, GEMM_B }; /* the operands: rows of A and columns of B are their lanes */
+static const int gemm_panel[] = {GEMM_MR, GEMM_NR};
 
 static inline int64_t gemm_tasks(const gemm_product *p) { return (int64_t)p->n_m * p->n_n; }
 
 static inline int gemm_between(int x, int low, int high) { return x > high ? (high > low ? high : low) : x < low ? low : x; }
 
-/* Cuts the product, by its shape only, into tasks of up to a third of a millisecond, but at least eight, so that two threads end together. Small
- * products make fewer: waking the pool would cost as much as it saves. Rows are cut first, for B is packed once for all tasks, A by each task. */
+static inline size_t gemm_size(int operand, int lanes, int k) { return operand == GEMM_A ? gemm_a_size(lanes, k) : gemm_b_size(k, lanes); }
+
+/* Packs `lanes` rows of A or columns of B from `first` on, steps [k0, k0 + k). */
+static void gemm_pack_operand(gemm_packed *out, const gemm_product *p, int operand, int first, int lanes, int k0, int k) {
+    if (operand == GEMM_A)
+        gemm_pack_a(out, p->a + first * p->a_row + k0 * p->a_step, p->a_row, p->a_step, lanes, k);
+    else
+        gemm_pack_b(out, p->b + k0 * p->b_step + first * p->b_column, p->b_step, p->b_column, k, lanes);
+}
+
+/* Cuts the product, by its shape only, into tasks: at least eight, so that threads end together, but fewer where it is small, for waking the pool
+ * would cost as much as it saves. The operand with more lanes is cut, and each task packs and keeps its part, so that large weights are read from
+ * memory once and never written back as a packed copy. The other is packed once for all tasks and passes by. */
 static void gemm_plan(gemm_product *p) {
-    enum {
-        TALLEST = 16 * GEMM_MR, /* rows of A that stay in the level-2 cache while B goes by */
-        WIDEST = 16 * GEMM_NR,  /* columns of C that stay there too while blocks of k are added */
-        LOW = 4 * GEMM_MR,      /* below these a task packs too much */
-        NARROW = 6 * GEMM_NR
-    };
+#if defined(__AVX512F__)
+    enum { KEPT = 600 << 10 }; /* bytes of packed lanes that stay in the level-2 cache: these processors have at least one megabyte of it */
+#else
+    enum { KEPT = 200 << 10 };
+#endif
+    enum { LOW = 4 * GEMM_MR, NARROW = 2 * GEMM_NR };
+    static const int least[] = {LOW, NARROW}; /* with fewer lanes in a task the other operand passes by too often */
     double flops = 2.0 * p->M * p->N * p->K;
-    int want = flops < 4e6 ? 1 : flops < 16e6 ? 2 : flops < 32e6 ? 4 : flops < 8 * 64e6 ? 8 : (int)(flops / 64e6);
-    int n_m = gemm_between(want, (p->M + TALLEST - 1) / TALLEST, p->M / LOW);
-    int n_n = gemm_between((want + n_m - 1) / n_m, p->K > gemm_k_block(p->K) ? (p->N + WIDEST - 1) / WIDEST : 1, p->N / NARROW);
-    if (want > 1 && n_m * n_n == 1) n_n = 2;
-    p->n_m = gemm_between(n_m, 1, (p->M + GEMM_MR - 1) / GEMM_MR);
-    p->n_n = gemm_between(n_n, 1, (p->N + GEMM_NR - 1) / GEMM_NR);
+    int want = flops < 4e6 ? 1 : flops < 16e6 ? 2 : flops < 32e6 ? 4 : gemm_between((int)(flops < 2e9 ? flops / 128e6 : 16), 8, 16);
+    int kept = p->M < p->N ? GEMM_B : GEMM_A, lanes[] = {p->M, p->N}, *tiles[] = {&p->n_m, &p->n_n};
+    p->passing = !kept;
+    int most = (int)(KEPT / sizeof(gemm_packed)) / gemm_even(gemm_k_block(p->K) + 1);
+    int n = gemm_between(want, (lanes[kept] + most - 1) / most, lanes[kept] / least[kept]);
+    int n_passing = gemm_between((want + n - 1) / n, 1, lanes[!kept] / least[!kept]);
+    if (want > 1 && n * n_passing == 1) n_passing = 2;
+    *tiles[kept] = gemm_between(n, 1, (lanes[kept] + gemm_panel[kept] - 1) / gemm_panel[kept]);
+    *tiles[!kept] = gemm_between(n_passing, 1, (lanes[!kept] + gemm_panel[!kept] - 1) / gemm_panel[!kept]);
     atomic_init(&p->failed, 0);
 }
 
@@ -373,6 +401,12 @@ static void gemm_plan(gemm_product *p) {
 static inline int gemm_cut(int count, int panel, int tiles, int i) {
     int panels = (count + panel - 1) / panel, at = (int)((int64_t)panels * i / tiles) * panel;
     return at < count ? at : count;
+}
+
+static inline void gemm_gelu(float *y, const float *c, ptrdiff_t row, int m, int n) {
+    for (int i = 0; i < m; i++, y += row, c += row)
+#pragma GCC ivdep
+        for (int j = 0; j < n; j++) y[j] = ladd_gelu(c[j]);
 }
 
 /* Task i of a product. */
@@ -386,56 +420,63 @@ static void gemm_task(gemm_product *p, int64_t i) {
         return;
     }
 #endif
-    /* Panels of B packed at a time: one where its columns lie along k, else some, which are read together, row by row. */
-    const int run = p->b_step == 1 ? GEMM_NR : 4 * GEMM_NR;
-    const size_t a_size = (gemm_a_size(m, block) + 31) / 32 * 32;
-    gemm_packed *a = ladd_scratch(GEMM_TASK_SLOT, (a_size + gemm_b_size(block, run)) * sizeof(gemm_packed)), *own = a + a_size;
-    if (!a) {
+    const int passing = p->passing, kept = !passing, all[] = {p->M, p->N}, first[] = {m0, n0}, lanes[] = {m, n}, panel = gemm_panel[passing];
+    /* Panels packed at a time where they are not shared: one where lanes lie along k, else some, which are read together, step by step. */
+    const int run = (passing == GEMM_A ? p->a_step : p->b_step) == 1 ? panel : 4 * panel;
+    const size_t size = (gemm_size(kept, lanes[kept], block) + 31) / 32 * 32;
+    gemm_packed *own = ladd_scratch(GEMM_TASK_SLOT, (size + gemm_size(passing, run, block)) * sizeof(gemm_packed)), *rest = own + size;
+    if (!own) {
         atomic_store(&p->failed, 1);
         return;
     }
     for (int k0 = 0; k0 == 0 || k0 < p->K; k0 += block) {
-        const int k = p->K - k0 < block ? p->K - k0 : block, add = p->add || k0;
-        gemm_pack_a(a, p->a + m0 * p->a_row + k0 * p->a_step, p->a_row, p->a_step, m, k);
-        for (int j = 0; j < n; j += GEMM_NR) { /* a strip of C as wide as a panel of B, which stays in the level-1 cache */
-            const int width = n - j < GEMM_NR ? n - j : GEMM_NR;
-            float *c = p->c + m0 * p->c_row + n0 + j;
-            const gemm_packed *b = p->shared ? p->shared + gemm_b_size(k0, p->N) + (size_t)(n0 + j) * gemm_even(k) : own + j % run * gemm_even(k);
-            if (!p->shared && j % run == 0)
-                gemm_pack_b(own, p->b + k0 * p->b_step + (n0 + j) * p->b_column, p->b_step, p->b_column, k, n - j < run ? n - j : run);
-            gemm_packed_strip(c, p->c_row, a, b, m, width, k, p->bias && !k0 ? p->bias + n0 + j : NULL, add);
-            if (p->gelu && k0 + k >= p->K) {
-                float *y = p->gelu + m0 * p->c_row + n0 + j;
-                for (int r = 0; r < m; r++)
-#pragma GCC ivdep
-                    for (int l = 0; l < width; l++) y[r * p->c_row + l] = ladd_gelu(c[r * p->c_row + l]);
-            }
+        const int k = p->K - k0 < block ? p->K - k0 : block;
+        gemm_pack_operand(own, p, kept, first[kept], lanes[kept], k0, k);
+        for (int at = 0; at < lanes[passing]; at += panel) { /* all of the kept lanes by a panel, which stays in the level-1 cache */
+            const int left = lanes[passing] - at, width = left < panel ? left : panel;
+            if (!p->shared && at % run == 0) gemm_pack_operand(rest, p, passing, first[passing] + at, left < run ? left : run, k0, k);
+            const gemm_packed *other = p->shared ? p->shared + gemm_size(passing, all[passing], k0) + gemm_size(passing, first[passing] + at, k)
+                                                 : rest + gemm_size(passing, at % run, k);
+            const int by_row = passing == GEMM_A, rows = by_row ? width : m, columns = by_row ? n : width, j0 = by_row ? n0 : n0 + at;
+            const ptrdiff_t corner = (by_row ? m0 + at : m0) * p->c_row + j0;
+            gemm_packed_product(p->c + corner, p->c_row, by_row ? other : own, by_row ? own : other, rows, columns, k,
+                                p->bias && !k0 ? p->bias + j0 : NULL, p->add || k0);
+            if (p->gelu && k0 + k >= p->K) gemm_gelu(p->gelu + corner, p->c + corner, p->c_row, rows, columns);
         }
     }
 }
 
-/* Where several tasks read the same columns of B, packs them once, in tasks of their own. Where there is no memory for it, each task packs its own.
- */
+/* Where several tasks read the same lanes of the passing operand, packs them once, in tasks of their own. Where there is no memory for it, each task
+ * packs its own. */
+static inline int gemm_shared_runs(const gemm_product *p) {
+    const int lanes = p->passing == GEMM_A ? p->M : p->N, run = 4 * gemm_panel[p->passing];
+    return (lanes + run - 1) / run;
+}
+
 static void gemm_share_task(void *argument, int64_t i) {
     gemm_product *p = argument;
-    int block = gemm_k_block(p->K), runs = (p->N + GEMM_SHARED_RUN - 1) / GEMM_SHARED_RUN;
-    int j = (int)(i % runs) * GEMM_SHARED_RUN, k0 = (int)(i / runs) * block, k = p->K - k0 < block ? p->K - k0 : block;
-    gemm_pack_b(p->shared + gemm_b_size(k0, p->N) + (size_t)j * gemm_even(k), p->b + k0 * p->b_step + j * p->b_column, p->b_step, p->b_column, k,
-                p->N - j < GEMM_SHARED_RUN ? p->N - j : GEMM_SHARED_RUN);
+    const int block = gemm_k_block(p->K), runs = gemm_shared_runs(p), run = 4 * gemm_panel[p->passing], lanes = p->passing == GEMM_A ? p->M : p->N;
+    const int first = (int)(i % runs) * run, k0 = (int)(i / runs) * block, k = p->K - k0 < block ? p->K - k0 : block;
+    gemm_pack_operand(p->shared + gemm_size(p->passing, lanes, k0) + gemm_size(p->passing, first, k), p, p->passing, first,
+                      lanes - first < run ? lanes - first : run, k0, k);
 }
 
 static void gemm_share(gemm_product *p, gemm_product *q) { /* q: a second product of the same job, or NULL */
     gemm_product *both[2] = {p, q};
     size_t size[2] = {0};
-    for (int i = 0; i < 2; i++)
-        if (both[i] && both[i]->n_m > 1 && (int64_t)both[i]->N * both[i]->K <= GEMM_SHARED_MOST)
-            size[i] = (gemm_b_size(both[i]->K, both[i]->N) + 31) / 32 * 32;
+    int64_t elements[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        if (!both[i] || (both[i]->passing == GEMM_A ? both[i]->n_n : both[i]->n_m) < 2) continue;
+        const int lanes = both[i]->passing == GEMM_A ? both[i]->M : both[i]->N;
+        elements[i] = (int64_t)lanes * both[i]->K;
+        if (elements[i] <= GEMM_SHARED_MOST) size[i] = (gemm_size(both[i]->passing, lanes, both[i]->K) + 31) / 32 * 32;
+    }
     gemm_packed *place = size[0] + size[1] ? ladd_scratch(GEMM_SHARED_SLOT, (size[0] + size[1]) * sizeof(gemm_packed)) : NULL;
     for (int i = 0; i < 2 && place; i++) {
         if (!size[i]) continue;
         both[i]->shared = place + (i ? size[0] : 0);
         int64_t blocks = (both[i]->K + gemm_k_block(both[i]->K) - 1) / gemm_k_block(both[i]->K);
-        ladd_parallel_work((both[i]->N + GEMM_SHARED_RUN - 1) / GEMM_SHARED_RUN * blocks, (int64_t)both[i]->N * both[i]->K, gemm_share_task, both[i]);
+        ladd_parallel_work(gemm_shared_runs(both[i]) * blocks, elements[i], gemm_share_task, both[i]);
     }
 }
 
